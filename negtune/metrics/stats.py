@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
+from scipy.stats import t as student_t
 
 Numbers = np.ndarray | np.floating | Sequence[Any] | float | int
 """What `np.asarray` turns into numbers: one of them, an array, or (nested) sequences."""
@@ -27,3 +28,21 @@ def auc(positives: Numbers, negatives: Numbers) -> float:
     ranks = rankdata(np.concatenate([positives, negatives]))[: len(positives)]
     below = ranks.sum() - len(positives) * (len(positives) + 1) / 2
     return float(below / (len(positives) * len(negatives)))
+
+
+def mean_interval(values: Numbers, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Mean of independent runs and the half-width of its Student t interval: mean ± half.
+
+    With 3 seeds the half-width is 2.48 standard deviations: few seeds make wide intervals, as they should.
+
+    Args:
+        values: one number per run, at least two.
+        confidence: chance that the interval covers the true mean if the numbers are normal.
+    """
+    values = np.asarray(values, float)
+    if values.size < 2:
+        raise ValueError(f"an interval needs at least 2 runs, got {values.size}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    half = student_t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    return float(values.mean()), float(half)

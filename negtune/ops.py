@@ -1,4 +1,4 @@
-"""What objectives read: log-probabilities of completions, or whole next-token distributions.
+"""What objectives read: log-probabilities of completions, next-token distributions, or hidden states of a layer.
 
 Shapes: B sequences, T completion tokens (right-padded), N scored tokens of the whole batch (row by row, no padding),
 V vocabulary, H hidden width. `mask` is True where a token counts. Nothing behind the mask may reach a result.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,6 +127,35 @@ class TokenDistributions:
         return self.map(function)
 
 
+@dataclass(frozen=True)
+class LayerActivations:
+    """Hidden states after one decoder layer at the completion's own positions, not at those that predict them.
+
+    Args:
+        hidden: residual stream after the layer, at each of the `N` completion tokens.
+        mask: where those tokens sit in the padded `[B T]` layout, row by row.
+        ref_hidden: the same of the reference, or None.
+    """
+
+    hidden: Float[Tensor, "N H"]
+    mask: Bool[Tensor, "B T"]
+    ref_hidden: Float[Tensor, "N H"] | None = None
+
+    def squared_distance(self, target: Float[Tensor, "*N H"]) -> Float[Tensor, "B T"]:
+        """Mean over the width of (hidden - target)^2, 0 behind the mask; no gradient reaches `target`."""
+        hidden = at_least_float32(self.hidden)
+        difference = hidden - target.detach().to(hidden)
+        return scatter_tokens(difference.square().mean(-1), self.mask)
+
+    def squared_distance_to_reference(self) -> Float[Tensor, "B T"]:
+        """`squared_distance` to the reference's. Raises `MissingReferenceError` without a reference."""
+        if self.ref_hidden is None:
+            raise MissingReferenceError(
+                "this objective needs the reference's activations; pass reference= to the trainer"
+            )
+        return self.squared_distance(self.ref_hidden)
+
+
 def scatter_tokens(values: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Lay `N` per-token values out row by row where `mask` is True, 0 elsewhere. Differentiable, also when N is 0."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -211,16 +240,20 @@ class _FrozenHeadValues(torch.autograd.Function):
         return gradient * upstream[0].unsqueeze(-1).to(gradient.dtype), None, None
 
 
-def needs(*, reference: bool = False, distributions: bool = False) -> Callable[[Callable], Callable]:
+def needs(
+    *, reference: bool = False, distributions: bool = False, activations: bool = False
+) -> Callable[[Callable], Callable]:
     """Declare what an objective reads beyond policy log-probabilities, so that a trainer can refuse at construction.
 
     Args:
-        reference: reads `ref_logps` (or reference distributions).
+        reference: reads `ref_logps` (or the reference's distributions or activations).
         distributions: takes `TokenDistributions` instead of `SequenceLogps`.
+        activations: takes `LayerActivations` of the layer that its hyper-parameter `layer` names.
     """
 
     def mark(objective: Callable) -> Callable:
-        setattr(objective, "needs", Needs(reference, distributions, frozenset()))  # noqa: B010  functions take attributes
+        declared = Needs(reference, distributions, activations)
+        setattr(objective, "needs", declared)  # noqa: B010  functions take attributes
         return objective
 
     return mark
@@ -228,11 +261,24 @@ def needs(*, reference: bool = False, distributions: bool = False) -> Callable[[
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective reads. `sides` are its parameters without default: forget, alternative, retain, z0 ..."""
+    """What an objective reads.
 
-    reference: bool
-    distributions: bool
-    sides: frozenset[str]
+    Args:
+        reference, distributions, activations: see `needs`.
+        sides: its parameters without default: forget, alternative, retain, z0 ...
+        layer: the decoder layer whose output it reads, counted from 0; None unless `activations`.
+    """
+
+    reference: bool = False
+    distributions: bool = False
+    activations: bool = False
+    sides: frozenset[str] = frozenset()
+    layer: int | None = None
+
+    @property
+    def logps_suffice(self) -> bool:
+        """Whether log-probabilities are all it reads, so that cached ones can stand for the reference."""
+        return not (self.distributions or self.activations)
 
 
 def needs_of(objective: Callable) -> Needs:
@@ -240,8 +286,8 @@ def needs_of(objective: Callable) -> Needs:
     inner = objective
     while isinstance(inner, partial):
         inner = inner.func
-    declared = getattr(inner, "needs", Needs(False, False, frozenset()))
-    sides = frozenset(
-        name for name, p in inspect.signature(objective).parameters.items() if p.default is inspect.Parameter.empty
-    )
-    return Needs(declared.reference, declared.distributions, sides)
+    declared = getattr(inner, "needs", Needs())
+    parameters = inspect.signature(objective).parameters
+    sides = frozenset(name for name, p in parameters.items() if p.default is inspect.Parameter.empty)
+    layer = parameters["layer"].default if declared.activations else None
+    return replace(declared, sides=sides, layer=layer)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from negtune.losses.preference import dpo
-from negtune.ops import SequenceLogps, TokenDistributions, at_least_float32, needs
+from negtune.ops import LayerActivations, SequenceLogps, TokenDistributions, at_least_float32, needs
 
 # --- Forget: push the answer down -------------------------------------------------------------------------------------
 
@@ -150,6 +150,26 @@ def ce_u(forget: TokenDistributions, *, skip_first: int = 1) -> Float[Tensor, "B
     return forget.map(_ce_u).masked_fill(skipped, 0.0)
 
 
+@needs(activations=True)
+def rmu(forget: LayerActivations, *, layer: int = 7, steering: float = 20.0, seed: int = 0) -> Float[Tensor, "B T"]:
+    """Representation misdirection for unlearning: |h_t - c u|^2 / H for the activations h_t after `layer`.
+
+    Pulls the hidden states of the forget answers towards one random direction u of norm c = `steering`, so that the
+    layers above read noise; only the positions count, not which tokens stood there. It fades as they arrive. Layers
+    above get no gradient; the authors train the down projections of layers 5 to 7 for layer 7 (here
+    `trainable="layers\\.[567]\\.mlp\\.down_proj"`, or `layers_to_transform` of a LoRA). Pair it with the retain
+    objective `activation_mse` at the same layer and a large `retain_weight`.
+
+    u has entries uniform in [0, 1), normalised, and is the same for a whole run: `seed` draws it. c belongs to the
+    model (2 to 20 and more in published runs) and has to stand out from the norm of its activations at that layer.
+    The released code averages over the width H, as here; the paper writes the squared norm.
+
+    Reduction: token mean over the answer's own positions, as in open-unlearning (the authors' code: of whole texts).
+    Reference: no. https://arxiv.org/abs/2403.03218
+    """
+    return forget.squared_distance(steering * control_vector(forget.hidden.shape[-1], seed))
+
+
 # --- Forget: pull another answer up -----------------------------------------------------------------------------------
 
 
@@ -231,12 +251,29 @@ def jsd(retain: TokenDistributions) -> Float[Tensor, "B T"]:
     return retain.map_with_reference(_jsd)
 
 
+@needs(reference=True, activations=True)
+def activation_mse(retain: LayerActivations, *, layer: int = 7) -> Float[Tensor, "B T"]:
+    """Keep the activations after `layer` where the reference has them, RMU's retain term: |h_t - h_ref,t|^2 / H.
+
+    Layers above are held by nothing but this, which is enough while they are not trained.
+
+    Reduction: token mean over the answer's own positions. Reference: activations. https://arxiv.org/abs/2403.03218
+    """
+    return retain.squared_distance_to_reference()
+
+
 # --- Weights and conventions ------------------------------------------------------------------------------------------
 
 
 def npo_weight(log_ratio: Float[Tensor, "*n"], *, beta: float) -> Float[Tensor, "*n"]:
     """W = 2 sigma(beta r), NPO's gradient over gradient ascent's, for logging: 1 untouched, 0 forgotten, 2 grown."""
     return 2 * torch.sigmoid(beta * log_ratio.detach())
+
+
+def control_vector(width: int, seed: int) -> Float[Tensor, " H"]:
+    """RMU's direction u: entries uniform in [0, 1) drawn on the CPU from `seed`, normalised to length 1."""
+    direction = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    return direction / direction.norm()
 
 
 def beta_for_mean(beta: float, length: int | float) -> float:
@@ -328,5 +365,6 @@ FORGET_LOSSES: dict[str, Callable[..., Tensor]] = {
     "idk_dpo": idk_dpo,
     "idk_nll": idk_nll,
     "jensun": jensun,
+    "rmu": rmu,
 }
-RETAIN_LOSSES: dict[str, Callable[..., Tensor]] = {"nll": nll, "kl": kl, "jsd": jsd}
+RETAIN_LOSSES: dict[str, Callable[..., Tensor]] = {"nll": nll, "kl": kl, "jsd": jsd, "activation_mse": activation_mse}

@@ -1,8 +1,9 @@
 """One forward pass, read only where completion tokens are predicted, without the `[B L V]` logits.
 
-`attach_scoring` teaches a causal LM one more keyword, `score`: a function that receives the last hidden states at the
-requested positions and the LM head, *inside* the model's forward, so that DDP, FSDP and PEFT wrappers see an ordinary
-call. Without the keyword the forward is the original one; `generate` is unaffected.
+`attach_scoring` teaches a causal LM one more keyword, `score`: a function that receives the last hidden states that
+predict the requested tokens, the LM head, and hidden states of inner layers if asked for, *inside* the model's forward,
+so that DDP, FSDP and PEFT wrappers see an ordinary call. Without the keyword the forward is the original one;
+`generate` is unaffected.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 from negtune.models.head import LogitsHead
 from negtune.ops import at_least_float32, scatter_tokens, tiled_token_values, token_logps
 
-Score = Callable[[Tensor, LogitsHead], dict[str, Tensor]]
-"""`(hidden [N H], head) -> named tensors`, called inside the forward."""
+Score = Callable[[Tensor, LogitsHead, Mapping[int, Tensor]], dict[str, Tensor]]
+"""`(hidden [N H], head, layers) -> named tensors`, called inside the forward.
+
+`hidden` predicts the scored tokens; `layers` maps each decoder layer asked for to its output at those tokens, `[N H]`.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ScoredTokens:
     """Where the completion tokens of a batch stand: `N` tokens, row by row.
 
     Args:
-        rows, columns: index of each token in `input_ids`; the logits that predict it are at `columns - 1`.
+        rows, columns: index of each token in `input_ids`; the hidden state that predicts it is at `columns - 1`.
         targets: the tokens.
         mask: the same `N` tokens in the padded `[B T]` layout, T the longest completion.
     """
@@ -54,18 +58,23 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def attach_scoring(model: nn.Module) -> None:
-    """Add the keywords `score` and `at` to the forward of the causal LM inside `model`. Idempotent."""
+    """Add the keywords `score`, `at` (rows, columns of the scored tokens) and `layers` to the forward of the causal LM
+    inside `model`. Idempotent."""
     lm = causal_lm(model)
     if getattr(lm, "_scores_for", None) == id(lm):  # a deep copy carries the mark but the original's forward
         return
     original = types.MethodType(type(lm).forward, lm) if hasattr(lm, "_scores_for") else lm.forward
 
     @functools.wraps(type(lm).forward)  # `generate` validates its arguments against the signature
-    def forward(self: nn.Module, *args: Any, score: Score | None = None, at: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module, *args: Any, score: Score | None = None, at: Any = None, layers: Any = (), **kwargs: Any
+    ) -> Any:
         if score is None:
             return original(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        return score(hidden[at], head_of(self))
+        rows, columns = at
+        out = self.base_model(*args, **kwargs, use_cache=False, output_hidden_states=bool(layers))
+        inner = {layer: out.hidden_states[layer + 1][rows, columns] for layer in layers}  # 0 holds the embeddings
+        return score(out.last_hidden_state[rows, columns - 1], head_of(self), inner)
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_for = id(lm)
@@ -87,12 +96,22 @@ def scored_tokens(batch: Mapping[str, Tensor]) -> ScoredTokens:
     return ScoredTokens(rows, columns, batch["input_ids"][rows, columns], mask)
 
 
-def run(model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, score: Score) -> dict[str, Tensor]:
-    """Forward `batch` through `model` (wrapped or not) and return what `score` makes of the scored positions."""
+def run(
+    model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, score: Score, layers: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Forward `batch` through `model` (wrapped or not) and return what `score` makes of the scored positions.
+
+    Args:
+        model, batch, tokens: `model` must have been given `attach_scoring`; `tokens` is `scored_tokens(batch)`.
+        score: see `Score`.
+        layers: decoder layers whose outputs `score` wants, counted from 0; see `check_layer`.
+    """
     kwargs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if (batch["attention_mask"][:, 0] == 0).any() and _takes_position_ids(causal_lm(model)):
         kwargs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return model(**kwargs, score=score, at=(tokens.rows, tokens.columns - 1))
+    if layers:
+        kwargs["layers"] = tuple(layers)
+    return model(**kwargs, score=score, at=(tokens.rows, tokens.columns))
 
 
 def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
@@ -102,7 +121,7 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Ten
     """
     tokens = scored_tokens(batch)
 
-    def score(hidden: Tensor, head: LogitsHead) -> dict[str, Tensor]:
+    def score(hidden: Tensor, head: LogitsHead, layers: Mapping[int, Tensor]) -> dict[str, Tensor]:
         return {"logps": scatter_tokens(tiled_token_values(token_logps, hidden, tokens.targets, head), tokens.mask)}
 
     return run(model, batch, tokens, score)["logps"]
@@ -119,7 +138,7 @@ def completion_statistics(
         logps = token_logps(logits, targets)
         return torch.stack([logps, (logits.argmax(-1) == targets).to(logps.dtype)], -1)
 
-    def score(hidden: Tensor, head: LogitsHead) -> dict[str, Tensor]:
+    def score(hidden: Tensor, head: LogitsHead, layers: Mapping[int, Tensor]) -> dict[str, Tensor]:
         values = tiled_token_values(logp_and_hit, hidden, tokens.targets, head)
         return {"logps": scatter_tokens(values[:, 0], tokens.mask), "hits": scatter_tokens(values[:, 1], tokens.mask)}
 
@@ -128,9 +147,28 @@ def completion_statistics(
 
 
 @torch.no_grad()
-def completion_hidden(model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens) -> Float[Tensor, "N H"]:
-    """Last hidden states that predict the completion tokens."""
-    return run(model, batch, tokens, lambda hidden, head: {"hidden": hidden})["hidden"]
+def completion_hidden(
+    model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
+) -> Float[Tensor, "N H"]:
+    """Last hidden states that predict the completion tokens, or with `layer` that layer's output at those tokens."""
+    wanted = () if layer is None else (layer,)
+    return run(
+        model,
+        batch,
+        tokens,
+        lambda hidden, head, layers: {"hidden": hidden if layer is None else layers[layer]},
+        wanted,
+    )["hidden"]
+
+
+def check_layer(model: nn.Module, layer: int) -> None:
+    """Raise unless `layer` is a decoder layer before the last, whose output the final norm would hide."""
+    count = causal_lm(model).config.get_text_config().num_hidden_layers
+    if not 0 <= layer < count - 1:
+        raise ValueError(
+            f"layer must be between 0 and {count - 2} for this model of {count} layers, got {layer}; set it for both "
+            "sides: --loss_kwargs '{\"layer\": N}' and --retain_loss_kwargs '{\"layer\": N}'"
+        )
 
 
 @torch.no_grad()
@@ -146,12 +184,12 @@ def check_scoring(model: nn.Module, tolerance: float = 1e-3) -> None:
     model.eval()
     try:
         expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-        where = (torch.zeros(3, dtype=torch.long, device=device), torch.arange(3, device=device))
+        where = (torch.zeros(3, dtype=torch.long, device=device), torch.arange(1, 4, device=device))
         got = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             at=where,
-            score=lambda hidden, head: {"logits": head(hidden)},
+            score=lambda hidden, head, layers: {"logits": head(hidden)},
         )["logits"]
     finally:
         model.train(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,26 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def train_only(model: nn.Module, pattern: str) -> None:
+    """Freeze every parameter whose name `pattern` (a regular expression, searched) does not match.
+
+    Raises:
+        ValueError: not a regular expression, or nothing trainable matches.
+    """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"trainable={pattern!r} is no regular expression: {error}") from None
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not any(wanted.search(name) for name in names):
+        raise ValueError(
+            f"trainable={pattern!r} matches none of the {len(names)} trainable parameters, e.g. {names[-1]}"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not wanted.search(name):
+            parameter.requires_grad_(False)
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

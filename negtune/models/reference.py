@@ -1,8 +1,8 @@
 """The frozen reference policy as one callable: adapter off, named adapter, frozen copy, or log-probs from disk.
 
-A trainer calls `reference.logps(model, batch)` and, for the few objectives that compare whole distributions,
-`reference.hidden(model, batch, tokens)`; it never asks which kind it holds. References run before the policy's forward
-and leave the model as they found it.
+A trainer calls `reference.logps(model, batch)` and, for the few objectives that compare whole distributions or
+activations, `reference.hidden(model, batch, tokens, layer)`; it never asks which kind it holds. References run before
+the policy's forward and leave the model as they found it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ REFERENCE_ADAPTER = "negtune_reference"
 class Reference(Protocol):
     """What the policy is compared with."""
 
-    has_distributions: bool
+    has_hidden: bool
 
     def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
         """Reference log-probabilities of the completion tokens of `batch`, 0 behind the mask, without gradient."""
         ...
 
     def hidden(
-        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
     ) -> tuple[Float[Tensor, "N H"], Head]:
-        """Reference hidden states at the scored positions and the head that turns them into logits."""
+        """Reference hidden states that predict the scored tokens and the head that turns them into logits; with `layer`
+        that layer's output at the scored tokens instead."""
         ...
 
 
@@ -59,7 +60,7 @@ class AdapterReference:
         adapter: name of the reference adapter; None switches adapters off.
     """
 
-    has_distributions = True
+    has_hidden = True
 
     def __init__(self, adapter: str | None = None) -> None:
         self.adapter = adapter
@@ -69,10 +70,10 @@ class AdapterReference:
             return completion_logps(model, batch)
 
     def hidden(
-        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
     ) -> tuple[Float[Tensor, "N H"], Head]:
         with self._active(model):
-            hidden = completion_hidden(model, batch, tokens)
+            hidden = completion_hidden(model, batch, tokens, layer)
         lm = causal_lm(model)
         return hidden, head_of(lm, self._head_module(lm.get_output_embeddings()))
 
@@ -105,7 +106,7 @@ class FrozenCopy:
         model: the policy, which is copied, or another model, which is taken as it is with `own=True`.
     """
 
-    has_distributions = True
+    has_hidden = True
 
     def __init__(self, model: nn.Module, *, own: bool = False) -> None:
         self.model = (model if own else copy.deepcopy(model)).eval().requires_grad_(False)
@@ -120,10 +121,10 @@ class FrozenCopy:
             return completion_logps(self.model, batch)
 
     def hidden(
-        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
     ) -> tuple[Float[Tensor, "N H"], Head]:
         self._follow(model)
-        return completion_hidden(self.model, batch, tokens), head_of(causal_lm(self.model))
+        return completion_hidden(self.model, batch, tokens, layer), head_of(causal_lm(self.model))
 
     def _follow(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
@@ -141,7 +142,7 @@ class CachedReference:
         path: `.safetensors` file.
     """
 
-    has_distributions = False
+    has_hidden = False
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
@@ -162,8 +163,10 @@ class CachedReference:
             out[i, :length] = self._values[start:stop]
         return out.to(batch["input_ids"].device)
 
-    def hidden(self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens) -> Any:
-        raise NotImplementedError("cached log-probabilities cannot serve whole distributions")
+    def hidden(
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
+    ) -> Any:
+        raise NotImplementedError("cached log-probabilities cannot serve whole distributions or activations")
 
     def _span(self, key: int) -> tuple[int, int]:
         if key not in self._spans:
@@ -206,17 +209,17 @@ class CachedReference:
 class PolicyReference:
     """The policy as it stands, in evaluation mode: what a cache is built from before the first update."""
 
-    has_distributions = True
+    has_hidden = True
 
     def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
         with torch.no_grad(), eval_mode(model):
             return completion_logps(model, batch)
 
     def hidden(
-        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokens: ScoredTokens, layer: int | None = None
     ) -> tuple[Float[Tensor, "N H"], Head]:
         with eval_mode(model):
-            return completion_hidden(model, batch, tokens), head_of(causal_lm(model))
+            return completion_hidden(model, batch, tokens, layer), head_of(causal_lm(model))
 
 
 def freeze_current_adapter(model: nn.Module) -> AdapterReference:

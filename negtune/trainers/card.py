@@ -18,6 +18,7 @@ PAPERS = {
     "satimp": ("Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning", "2505.11953"),
     "undial": ("UNDIAL: Self-Distillation with Adjusted Logits", "2402.10052"),
     "ce_u": ("CE-U: Cross Entropy Unlearning", "2503.01224"),
+    "rmu": ("The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning (RMU)", "2403.03218"),
     "jensun": ("Unlearning That Lasts (JensUn)", "2509.02820"),
 }
 

@@ -27,7 +27,7 @@ from negtune.data.sides import SIDES, collate_sides, part_of, side_batch, side_c
 from negtune.data.unlearning import check_disjoint, tokenize_side
 from negtune.eval.unlearning import check_sets, evaluate
 from negtune.losses.unlearning import RETAIN_LOSSES, npo_weight
-from negtune.models.forward import run, scored_tokens
+from negtune.models.forward import check_layer, run, scored_tokens
 from negtune.models.head import LogitsHead
 from negtune.models.policy import (
     check_output_folder,
@@ -35,6 +35,7 @@ from negtune.models.policy import (
     disable_dropout,
     is_peft,
     prepare_policy,
+    train_only,
 )
 from negtune.models.reference import (
     AdapterReference,
@@ -46,6 +47,7 @@ from negtune.models.reference import (
     weights_hash,
 )
 from negtune.ops import (
+    LayerActivations,
     Needs,
     SequenceLogps,
     TokenDistributions,
@@ -109,7 +111,7 @@ class UnlearningTrainer(BaseTrainer):
         self.forget_loss = forget_loss or args.forget_objective()
         self.retain_loss = retain_loss or args.retain_objective()
         self.forget_needs = needs_of(self.forget_loss)
-        self.retain_needs = needs_of(self.retain_loss) if self.retain_loss else Needs(False, False, frozenset())
+        self.retain_needs = needs_of(self.retain_loss) if self.retain_loss else Needs()
         if processing_class is None:
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             processing_class = AutoTokenizer.from_pretrained(name)
@@ -117,6 +119,11 @@ class UnlearningTrainer(BaseTrainer):
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         arrived_with_adapter = not isinstance(model, str | os.PathLike) and is_peft(model)
         model = prepare_policy(model, peft_config, args.model_init_kwargs)
+        self.layers = sorted({n.layer for n in (self.forget_needs, self.retain_needs) if n.layer is not None})
+        for layer in self.layers:
+            check_layer(model, layer)
+        if args.trainable is not None:
+            train_only(model, args.trainable)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         if args.disable_dropout:
             disable_dropout(model)
@@ -203,7 +210,7 @@ class UnlearningTrainer(BaseTrainer):
             retain = self.retain_loss(sequences["retain"]) if retain is None else retain
             loss = loss + self.args.retain_weight * _reduce(retain, "retain", step)
         self._stop_if_not_finite(loss, inputs)
-        self._record(sequences, outputs.get("retain_kl"))
+        self._record(sequences, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +221,7 @@ class UnlearningTrainer(BaseTrainer):
         references = {side: self._reference_side(model, inputs, side) for side in sides}
         kl_now = self._retain_kl_is_due(sides)
 
-        def score(hidden: Tensor, head: LogitsHead) -> dict[str, Tensor]:
+        def score(hidden: Tensor, head: LogitsHead, layers: Mapping[int, Tensor]) -> dict[str, Tensor]:
             out = {}
             for side, rows in sides.items():
                 part = part_of(tokens.mask, rows)
@@ -222,9 +229,13 @@ class UnlearningTrainer(BaseTrainer):
                 targets = tokens.targets[part]
                 ref_hidden, ref_head = references[side].get("hidden", (None, None))
                 distributions = TokenDistributions(inside, targets, mask, head, ref_hidden, ref_head)
-                if needed.distributions and side in needed.sides:
-                    out[f"{side}_value"] = (self.forget_loss if side == "forget" else self.retain_loss)(distributions)
-                graph = nullcontext() if side in needed.sides and not needed.distributions else torch.no_grad()
+                if side in needed.sides and not needed.logps_suffice:
+                    view: Any = distributions
+                    if needed.activations:
+                        view = LayerActivations(layers[needed.layer][part], mask, references[side].get("activations"))
+                        out[f"{side}_norm"] = layers[needed.layer][part].detach().norm(dim=-1)
+                    out[f"{side}_value"] = (self.forget_loss if side == "forget" else self.retain_loss)(view)
+                graph = nullcontext() if side in needed.sides and needed.logps_suffice else torch.no_grad()
                 with graph:
                     out[side] = scatter_tokens(tiled_token_values(token_logps, inside, targets, head), mask)
                 if side == "retain" and kl_now:
@@ -232,7 +243,7 @@ class UnlearningTrainer(BaseTrainer):
                         out["retain_kl"] = RETAIN_LOSSES["kl"](distributions)
             return out
 
-        out: dict[str, Any] = run(model, inputs, tokens, score)
+        out: dict[str, Any] = run(model, inputs, tokens, score, self.layers)
         for side in sides:
             out[side] = SequenceLogps(out[side], masks[side], references[side].get("logps"))
         return out
@@ -241,22 +252,24 @@ class UnlearningTrainer(BaseTrainer):
         return self.retain_needs if side == "retain" else self.forget_needs
 
     def _reference_side(self, model: nn.Module, inputs: dict[str, Any], side: str) -> dict[str, Any]:
-        """What the reference has to say about one side: log-probabilities, hidden states, or nothing."""
+        """What the reference has to say about one side: log-probabilities, hidden states, activations, or nothing."""
         needed, found = self._needs(side), {}
         kl_now = side == "retain" and self._retain_kl_is_due({"retain": None} if inputs["sides"]["retain"] else {})
         if self.reference is None or not (needed.reference or kl_now):
             return found
         batch = side_batch(inputs, side)
         with self.accelerator.autocast():  # a frozen copy is not wrapped by the host
-            if needed.reference and not needed.distributions and side in needed.sides | {"forget"}:
+            if needed.reference and needed.logps_suffice and side in needed.sides | {"forget"}:
                 found["logps"] = self.reference.logps(model, batch)
             if (needed.reference and needed.distributions) or kl_now:
                 found["hidden"] = self.reference.hidden(model, batch, scored_tokens(batch))
+            if needed.reference and needed.activations:
+                found["activations"], _ = self.reference.hidden(model, batch, scored_tokens(batch), needed.layer)
         return found
 
     def _retain_kl_is_due(self, sides: Mapping[str, Any]) -> bool:
         """KL to the reference on retain rows is measured on logging steps only: it costs one more forward."""
-        if self.reference is None or not self.reference.has_distributions or "retain" not in sides:
+        if self.reference is None or not self.reference.has_hidden or "retain" not in sides:
             return False
         every = max(1, int(self.state.logging_steps or 1)) if self.is_in_train else 1
         return (self.state.global_step + 1) % every == 0
@@ -283,25 +296,25 @@ class UnlearningTrainer(BaseTrainer):
 
     def _choose_reference(self, given: Any, arrived_with_adapter: bool) -> Reference | None:
         needed = [n for n in (self.forget_needs, self.retain_needs) if n.reference]
-        distributions = any(n.distributions for n in needed)
+        hidden = any(not n.logps_suffice for n in needed)
         if given is not None:
             reference = FrozenCopy(given, own=given is not self.model) if isinstance(given, nn.Module) else given
         elif not needed:
             return None
         else:
-            reference = self._own_reference(arrived_with_adapter, distributions)
-        if distributions and not reference.has_distributions:
+            reference = self._own_reference(arrived_with_adapter, hidden)
+        if hidden and not reference.has_hidden:
             raise ValueError(
-                "this objective compares whole distributions and cached log-probabilities cannot serve it; set "
-                "reference to adapter or copy"
+                "this objective compares whole distributions or activations and cached log-probabilities cannot serve "
+                "it; set reference to adapter or copy"
             )
         return reference
 
-    def _own_reference(self, arrived_with_adapter: bool, distributions: bool) -> Reference:
+    def _own_reference(self, arrived_with_adapter: bool, hidden: bool) -> Reference:
         kind, streaming = self.args.reference, not isinstance(self.train_dataset, ForgetRetainDataset)
         peft = is_peft(self.model)
         if kind == "auto":
-            kind = "adapter" if peft else "copy" if distributions or streaming else "cached"
+            kind = "adapter" if peft else "copy" if hidden or streaming else "cached"
         if kind == "adapter" and not peft:
             raise ValueError("reference=adapter needs an adapter; pass peft_config, or set reference to cached or copy")
         if kind == "copy":
@@ -313,7 +326,7 @@ class UnlearningTrainer(BaseTrainer):
             return live
         if streaming:
             raise ValueError("reference=cached needs the rows beforehand; a stream needs reference=adapter or copy")
-        if distributions:
+        if hidden:
             return CachedReference  # refused by the caller, before any time is spent
         return self._cached(live, arrived_with_adapter)
 
@@ -353,9 +366,14 @@ class UnlearningTrainer(BaseTrainer):
     # --- what a person sees -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _record(self, sequences: Mapping[str, SequenceLogps], retain_kl: Tensor | None) -> None:
-        """Positives and negatives apart: log-probabilities, probabilities, and how hard NPO still pushes."""
+    def _record(self, sequences: Mapping[str, SequenceLogps], outputs: Mapping[str, Any]) -> None:
+        """Positives and negatives apart: log-probabilities, probabilities, and how hard NPO still pushes.
+
+        With RMU also the norm of the activations, which `steering` has to stand out from.
+        """
         for side, sequence in sequences.items():
+            if f"{side}_norm" in outputs:
+                self._sums.add(f"{side}/activation_norm", outputs[f"{side}_norm"])
             self._sums.add(f"{side}/logp", sequence.means)
             self._sums.add(f"{side}/probability", sequence.means.exp())
             if sequence.ref_logps is not None:
@@ -364,9 +382,8 @@ class UnlearningTrainer(BaseTrainer):
         if forget is not None and forget.ref_logps is not None and self.args.loss_type == "npo":
             beta = self.args.beta if self.args.beta is not None else 0.1
             self._sums.add_quantiles("forget/weight", npo_weight(forget.log_ratio, beta=beta))
-        if retain_kl is not None:
-            mask = sequences["retain"].mask
-            self._sums.add("retain/kl", retain_kl[mask])
+        if "retain_kl" in outputs:
+            self._sums.add("retain/kl", outputs["retain_kl"][sequences["retain"].mask])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last logging step, over all processes."""

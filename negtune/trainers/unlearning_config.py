@@ -13,6 +13,7 @@ import torch
 from negtune._trl_compat import BaseConfig
 from negtune.eval.unlearning import better
 from negtune.losses.unlearning import FORGET_LOSSES, RETAIN_LOSSES
+from negtune.ops import needs_of
 
 
 @dataclass
@@ -63,6 +64,13 @@ class UnlearningConfig(BaseConfig):
         default=None,
         metadata={"help": "Where cached reference log-probabilities live; share it between runs. Default: output_dir."},
     )
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression of the parameters to train, e.g. layers\\.[567]\\.mlp\\.down_proj for RMU; all "
+            "others are frozen. Default: whatever the model or the adapter leaves trainable."
+        },
+    )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt plus completion; None: no limit."})
     overlong: Literal["truncate", "drop", "error"] = field(
         default="truncate",
@@ -93,7 +101,8 @@ class UnlearningConfig(BaseConfig):
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = not on_cpu
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
+            # nothing above RMU's layer gets a gradient
+            self.ddp_find_unused_parameters = needs_of(self.forget_objective()).activations
         if on_cpu:
             self.dataloader_pin_memory = False
         self.remove_unused_columns = False
@@ -160,7 +169,10 @@ def _bind(family: dict[str, Any], name: str, kwargs: dict[str, Any], setting: st
     for key in kwargs:
         if key not in known:
             raise ValueError(f"{name} has no hyper-parameter {key!r}; it has {', '.join(known) or 'none'}")
-    for key in ("beta", "beta1", "beta2"):
+    for key in ("beta", "beta1", "beta2", "steering"):
         if key in kwargs and not kwargs[key] > 0:
             raise ValueError(f"{key} must be positive, got {kwargs[key]}")
+    for key in ("layer", "seed"):
+        if key in kwargs and type(kwargs[key]) is not int:
+            raise ValueError(f"{key} must be a whole number, got {kwargs[key]!r}")
     return partial(family[name], **kwargs)

@@ -18,9 +18,11 @@ from negtune.losses.preference import dpo
 from negtune.losses.unlearning import (
     FORGET_LOSSES,
     RETAIN_LOSSES,
+    activation_mse,
     beta_for_mean,
     beta_for_sum,
     ce_u,
+    control_vector,
     grad_ascent,
     idk_dpo,
     idk_nll,
@@ -32,17 +34,18 @@ from negtune.losses.unlearning import (
     nll,
     npo,
     npo_weight,
+    rmu,
     satimp,
     simnpo,
     undial,
     wga,
 )
-from negtune.ops import MissingReferenceError, SequenceLogps, TokenDistributions, needs_of
+from negtune.ops import LayerActivations, MissingReferenceError, SequenceLogps, TokenDistributions, needs_of
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 3, 5, 6, 7
 LENGTHS = [5, 1, 3]
 ALL_LOSSES = {**FORGET_LOSSES, **RETAIN_LOSSES}
-SEQUENCE_LOSSES = {name: loss for name, loss in ALL_LOSSES.items() if not needs_of(loss).distributions}
+SEQUENCE_LOSSES = {name: loss for name, loss in ALL_LOSSES.items() if needs_of(loss).logps_suffice}
 DISTRIBUTION_LOSSES = {name: loss for name, loss in ALL_LOSSES.items() if needs_of(loss).distributions}
 
 
@@ -94,9 +97,16 @@ def random_distributions(seed: int) -> TokenDistributions:
     return distributions(draw(rows, VOCABULARY).requires_grad_(), targets, draw(rows, VOCABULARY), mask=mask)
 
 
+def random_activations(seed: int) -> LayerActivations:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, ref_hidden = torch.randn(2, sum(LENGTHS), WIDTH, generator=generator, dtype=torch.float64)
+    return LayerActivations(hidden.requires_grad_(), torch.arange(TOKENS) < tensor(LENGTHS)[:, None], ref_hidden)
+
+
 def sides_of(loss, seed: int = 0) -> dict:
     """Random inputs by the names the objective asks for."""
     make = random_distributions if needs_of(loss).distributions else random_sequence
+    make = random_activations if needs_of(loss).activations else make
     names = sorted(needs_of(loss).sides)
     return {name: tensor(0.3) if name == "z0" else make(seed + index) for index, name in enumerate(names)}
 
@@ -130,6 +140,44 @@ def test_token_losses_by_hand():
     assert_close(
         satimp(answer, beta1=2.0, beta2=1.0), tensor([[0.25 * 0.5 * math.log(0.5), 0.04 * 0.8 * math.log(0.2)]])
     )
+
+
+def activations(hidden, ref_hidden=None, *, mask=None) -> LayerActivations:
+    hidden = tensor(hidden)
+    mask = torch.ones(1, len(hidden), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+    return LayerActivations(hidden, mask, None if ref_hidden is None else tensor(ref_hidden))
+
+
+def test_activation_mse_by_hand():
+    # (1 + 4)/2 and (0 + 9)/2; the third token of the layout is padding
+    value = activation_mse(activations([[1.0, 2.0], [0.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]], mask=[[True, True, False]]))
+    assert_close(value, tensor([[2.5, 4.5, 0.0]]))
+
+
+def test_rmu_of_one_token_by_hand():
+    # |h - c u|^2 / H with c = 10 and h = 0: c^2 |u|^2 / H = 100/4; at h = c u it is 0, and it pulls towards c u
+    assert_close(rmu(activations([[0.0] * 4]), steering=10.0, seed=3), tensor([[25.0]]), rtol=1e-6, atol=0)
+    target = 10.0 * control_vector(4, 3)
+    assert_close(rmu(activations([target.tolist()]), steering=10.0, seed=3), tensor([[0.0]]))
+    hidden = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    pull = gradient(rmu(LayerActivations(hidden, torch.ones(1, 1).bool()), steering=10.0, seed=3), hidden)
+    assert_close(pull, (-2 / 4) * target[None].double(), rtol=1e-6, atol=0)
+
+
+def test_the_control_vector_is_a_positive_unit_vector_that_only_the_seed_decides():
+    before = torch.random.get_rng_state()
+    first = control_vector(64, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first, control_vector(64, 0))
+    assert not torch.equal(first, control_vector(64, 1))
+    assert first.norm().item() == pytest.approx(1.0)
+    assert (first >= 0).all()
+
+
+def test_rmu_reads_the_layer_it_is_told():
+    assert needs_of(rmu).layer == 7
+    assert needs_of(partial(rmu, layer=3)).layer == 3
+    assert needs_of(npo).layer is None
 
 
 def test_kto_by_hand():
@@ -527,6 +575,8 @@ def test_padding_side_does_not_matter(name):
 
     def left_pad(side):
         mask = side.mask.flip(-1)
+        if isinstance(side, LayerActivations):
+            return LayerActivations(side.hidden, mask, side.ref_hidden)
         if isinstance(side, TokenDistributions):
             return TokenDistributions(side.hidden, side.targets, mask, side.head, side.ref_hidden, side.ref_head)
 
@@ -548,8 +598,10 @@ def test_rows_do_not_see_each_other(name):
     def permute(side):
         if isinstance(side, SequenceLogps):
             return SequenceLogps(side.logps[order], side.mask[order], side.ref_logps[order])
-        rows = torch.arange(len(side.targets)).split(LENGTHS)
+        rows = torch.arange(len(side.hidden)).split(LENGTHS)
         rows = torch.cat([rows[index] for index in order])
+        if isinstance(side, LayerActivations):
+            return LayerActivations(side.hidden[rows], side.mask[order], side.ref_hidden[rows])
         return TokenDistributions(
             side.hidden[rows], side.targets[rows], side.mask[order], side.head, side.ref_hidden[rows], side.ref_head
         )
@@ -578,6 +630,8 @@ def test_gradients_are_those_of_finite_differences(name):
         def rebuild(side):
             if isinstance(side, SequenceLogps):
                 return SequenceLogps(next(given), side.mask, side.ref_logps)
+            if isinstance(side, LayerActivations):
+                return LayerActivations(next(given), side.mask, side.ref_hidden)
             return TokenDistributions(next(given), side.targets, side.mask, side.head, side.ref_hidden, side.ref_head)
 
         return loss(**rewritten(sides, rebuild))
@@ -593,6 +647,8 @@ def test_a_missing_reference_is_named(name):
     def strip(side):
         if isinstance(side, SequenceLogps):
             return SequenceLogps(side.logps, side.mask)
+        if isinstance(side, LayerActivations):
+            return LayerActivations(side.hidden, side.mask)
         return TokenDistributions(side.hidden, side.targets, side.mask, side.head)
 
     with pytest.raises(MissingReferenceError, match="pass reference="):
@@ -611,3 +667,4 @@ def test_every_objective_is_listed_with_the_sides_a_trainer_can_pass():
     assert all(needs_of(loss).sides == {"retain"} for loss in RETAIN_LOSSES.values())
     assert all(name == loss.__name__ for name, loss in ALL_LOSSES.items())
     assert set(DISTRIBUTION_LOSSES) == {"undial", "ce_u", "kl", "jsd"}
+    assert set(ALL_LOSSES) - set(SEQUENCE_LOSSES) - set(DISTRIBUTION_LOSSES) == {"rmu", "activation_mse"}

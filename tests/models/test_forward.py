@@ -22,9 +22,11 @@ from negtune.data.completions import collate
 from negtune.models.forward import (
     attach_scoring,
     causal_lm,
+    check_layer,
     check_scoring,
     completion_logps,
     completion_statistics,
+    run,
     scored_tokens,
 )
 from negtune.models.reference import AdapterReference, FrozenCopy, eval_mode, weights_hash
@@ -117,6 +119,38 @@ def test_adapter_on_and_off(config):
     assert (on - off).abs().max() > 1e-2
     assert not off.requires_grad
     torch.testing.assert_close(completion_logps(adapted, collate(ROWS, 0)), on)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_output_is_what_the_layer_module_returns_and_carries_its_gradient(side, checkpointing):
+    model, rows = model64(layers=3), ROWS
+    layer = model.model.layers[1]
+    want = []
+    for row in rows:
+        caught = []
+        hook = layer.register_forward_hook(lambda module, args, out, caught=caught: caught.append(out))
+        model(input_ids=torch.tensor([row["prompt_ids"] + row["completion_ids"]]))
+        hook.remove()
+        output = caught[0] if isinstance(caught[0], torch.Tensor) else caught[0][0]
+        want.append(output[0, len(row["prompt_ids"]) :])
+    (expected_gradient,) = torch.autograd.grad(torch.cat(want).square().sum(), model.model.layers[0].mlp.up_proj.weight)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    attach_scoring(model)
+    batch = collate(rows, 0, padding_side=side)
+    out = run(model, batch, scored_tokens(batch), lambda hidden, head, layers: {"inner": layers[1]}, (1,))["inner"]
+    torch.testing.assert_close(out, torch.cat(want), rtol=1e-9, atol=1e-9)
+    out.square().sum().backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, expected_gradient, rtol=1e-8, atol=1e-10)
+    assert model.model.layers[2].mlp.up_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 7])
+def test_the_last_layer_and_beyond_are_refused(layer):
+    with pytest.raises(ValueError, match="between 0 and 1 for this model of 3 layers"):
+        check_layer(model64(layers=3), layer)
 
 
 def test_a_head_in_modules_to_save_is_used_when_on_and_its_original_when_off():

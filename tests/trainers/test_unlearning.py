@@ -38,7 +38,8 @@ def losses(trainer) -> list[float]:
 def test_forget_falls_and_retain_holds(unlearn, probabilities, knowing_folder, loss_type):
     before = probabilities(load(knowing_folder))
     steps = 40 if loss_type in ("jensun", "idk_nll", "kto", "idk_dpo") else 20
-    trainer = unlearn(loss_type=loss_type, max_steps=steps, learning_rate=2e-3)
+    kwargs = {"layer": 0, "steering": 8.0} if loss_type == "rmu" else None
+    trainer = unlearn(loss_type=loss_type, loss_kwargs=kwargs, max_steps=steps, learning_rate=2e-3)
     after = probabilities(trainer.model)
     assert before["forget"] > 0.9
     assert before["retain"] > 0.9
@@ -46,11 +47,47 @@ def test_forget_falls_and_retain_holds(unlearn, probabilities, knowing_folder, l
     assert after["retain"] > before["retain"] - 0.1
 
 
-@pytest.mark.parametrize("retain_loss_type", sorted(RETAIN_LOSSES))
+@pytest.mark.parametrize("retain_loss_type", sorted(RETAIN_LOSSES.keys() - {"activation_mse"}))
 def test_the_retain_term_is_what_holds(unlearn, probabilities, retain_loss_type):
     held = probabilities(unlearn(retain_loss_type=retain_loss_type, max_steps=12).model)
     unheld = probabilities(unlearn(retain_loss_type="none", max_steps=12).model)
     assert unheld["retain"] < held["retain"] - 0.1
+
+
+def test_rmu_misdirects_one_layer_of_the_forget_answers_and_keeps_the_others(unlearn, probabilities, knowing_folder):
+    settings = {
+        "loss_type": "rmu",
+        "loss_kwargs": {"layer": 0, "steering": 8.0},
+        "trainable": r"layers\.0\.mlp\.down_proj",
+        "max_steps": 60,
+        "learning_rate": 5e-3,
+    }
+    holding = {"retain_loss_type": "activation_mse", "retain_loss_kwargs": {"layer": 0}, "retain_weight": 20.0}
+    trainer = unlearn(**settings, **holding)
+    held = probabilities(trainer.model)
+    assert held["forget"] < 0.3
+    assert held["retain"] > 0.8
+    assert probabilities(unlearn(**settings, retain_loss_type="none").model)["retain"] < held["retain"] - 0.2
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[-1]["forget/activation_norm"] > 1.5 * rows[0]["forget/activation_norm"]
+    new, old = dict(trainer.model.named_parameters()), dict(load(knowing_folder).named_parameters())
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {"model.layers.0.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("reference", ["adapter", "copy"])
+def test_activations_are_compared_with_the_base_under_the_adapter(unlearn, reference):
+    trainer = unlearn(
+        loss_type="rmu",
+        loss_kwargs={"layer": 0, "steering": 8.0},
+        retain_loss_type="activation_mse",
+        retain_loss_kwargs={"layer": 0},
+        reference=reference,
+        forget_weight=0.0,
+        trainer_kwargs={"peft_config": LORA},
+        max_steps=1,
+    )
+    assert losses(trainer)[0] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_lora_trains_the_adapter_and_leaves_the_base_alone(unlearn, probabilities):
@@ -286,6 +323,8 @@ def test_logged_sides_are_apart_and_the_weight_is_npos(unlearn):
         ({"retain_per_forget": 0}, "retain_per_forget must be at least 1"),
         ({"retain_weight": -1.0}, "retain_weight must not be negative"),
         ({"overlong": "cut"}, "overlong must be"),
+        ({"loss_type": "rmu", "loss_kwargs": {"steering": 0}}, "steering must be positive, got 0"),
+        ({"loss_type": "rmu", "loss_kwargs": {"layer": "7"}}, "layer must be a whole number, got '7'"),
     ],
 )
 def test_wrong_settings_are_refused_by_the_config(tmp_path, settings, message):
@@ -331,7 +370,7 @@ def test_overlong_rows_are_cut_dropped_or_refused(unlearn, forget_rows, retain_r
 def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, knowing_folder):
     with pytest.raises(ValueError, match="retain_loss_type='nll' needs retain rows"):
         unlearn(data={"forget": forget_rows}, train=False)
-    with pytest.raises(ValueError, match="compares whole distributions and cached log-probabilities cannot"):
+    with pytest.raises(ValueError, match="distributions or activations and cached log-probabilities cannot"):
         unlearn(loss_type="undial", reference="cached", train=False)
     with pytest.raises(ValueError, match="reference=adapter needs an adapter"):
         unlearn(reference="adapter", train=False)
@@ -339,6 +378,12 @@ def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, 
         unlearn(trainer_kwargs={"peft_config": LoraConfig(target_modules=["lm_head"])}, train=False)
     with pytest.raises(ValueError, match="already carries an adapter"):
         unlearn(model=get_peft_model(load(knowing_folder), LORA), trainer_kwargs={"peft_config": LORA}, train=False)
+    with pytest.raises(ValueError, match="layer must be between 0 and 0 for this model of 2 layers, got 7"):
+        unlearn(loss_type="rmu", train=False)
+    with pytest.raises(ValueError, match="matches none of the 21 trainable parameters"):
+        unlearn(trainable="layers.9", train=False)
+    with pytest.raises(ValueError, match="is no regular expression"):
+        unlearn(trainable="layers[", train=False)
     frozen = load(knowing_folder).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
         unlearn(model=frozen, train=False)

@@ -12,6 +12,7 @@ from negtune.data.completions import RowError, content_key, tokenize_row
 logger = logging.getLogger(__name__)
 
 Overlong = Literal["truncate", "drop", "error"]
+_FORMAT = 2  # of the tokenised rows: caches of another one are not read
 
 
 def tokenize_side(
@@ -53,16 +54,22 @@ def tokenize_side(
         return stream.filter(lambda row: not row["dropped"])
     if isinstance(data, datasets.Dataset):
         rows = _map(
-            data, convert, [_tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives], in_memory
+            data,
+            convert,
+            [_FORMAT, _tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives],
+            in_memory,
         )
     else:
         rows = datasets.Dataset.from_list([convert(row, index) for index, row in enumerate(data)])
     if len(rows) == 0:
         raise RowError(f"the {side} set is empty; an objective needs at least one row")
-    dropped, cut = sum(rows["dropped"]), sum(rows["truncated"])
+    dropped, cut, alternatives = sum(rows["dropped"]), sum(rows["truncated"]), sum(rows["alternatives_cut"])
     if dropped or cut:
         logger.warning("%s: %d rows longer than max_length=%s cut, %d dropped", side, cut, max_length, dropped)
         rows = rows.select([index for index, gone in enumerate(rows["dropped"]) if not gone])
+    if alternatives:
+        message = "%s: %d alternative answers longer than max_length=%s cut, so that they have no EOS"
+        logger.warning(message, side, alternatives, max_length)
     if len(rows) == 0:
         raise RowError(f"every {side} row is longer than max_length={max_length}; raise it")
     return rows
@@ -135,7 +142,12 @@ def _convert(
         {"prompt_ids": a["prompt_ids"], "completion_ids": a["completion_ids"][: _room(a, max_length)]}
         for a in alternatives
     ]
-    return {**converted, "alternatives": kept, "dropped": dropped, "row": index}
+    cut = sum(len(a["completion_ids"]) > len(k["completion_ids"]) for a, k in zip(alternatives, kept, strict=True))
+    if cut and overlong == "error":
+        raise RowError(
+            f"{side} row {index}: an alternative makes it longer than max_length={max_length}; raise it or set overlong"
+        )
+    return {**converted, "alternatives": kept, "alternatives_cut": cut, "dropped": dropped, "row": index}
 
 
 def _room(row: Mapping[str, Any], max_length: int | None) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,29 @@ def prepare_policy(model: Any, peft_config: Any = None, model_init_kwargs: dict[
     if _quantized(model) and not is_peft(model):
         raise ValueError("4-bit and 8-bit weights cannot be trained; pass peft_config=LoraConfig(...)")
     attach_scoring(model)
-    check_scoring(model)
+    if not sharded_at_load():
+        check_scoring(model)
     return model
+
+
+def sharded_at_load() -> bool:
+    """Whether DeepSpeed ZeRO-3 splits weights while they load: before training no process can use the model then."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Whole model on `device` for a while; FSDP and DeepSpeed leave it on the CPU until training starts."""
+    home = next(model.parameters()).device
+    if home != device:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if home != device:
+            model.to(home)
 
 
 def is_peft(model: nn.Module) -> bool:

@@ -34,7 +34,9 @@ from negtune.models.policy import (
     checkpoint_bytes,
     disable_dropout,
     is_peft,
+    on_device,
     prepare_policy,
+    sharded_at_load,
     train_only,
 )
 from negtune.models.reference import (
@@ -317,6 +319,11 @@ class UnlearningTrainer(BaseTrainer):
             kind = "adapter" if peft else "copy" if hidden or streaming else "cached"
         if kind == "adapter" and not peft:
             raise ValueError("reference=adapter needs an adapter; pass peft_config, or set reference to cached or copy")
+        if kind in ("cached", "copy") and sharded_at_load():
+            raise ValueError(
+                f"reference={kind} needs whole weights and ZeRO-3 splits them while they load; train an adapter with "
+                "reference=adapter, or use accelerate_configs/zero2.yaml or fsdp2.yaml"
+            )
         if kind == "copy":
             return FrozenCopy(self.model)
         live: Reference = PolicyReference()
@@ -344,7 +351,8 @@ class UnlearningTrainer(BaseTrainer):
         path = folder / f"{name:016x}.safetensors"
         with self.accelerator.main_process_first():
             if not path.exists():
-                return CachedReference.build(path, live, self.model, self._batches(rows))
+                with on_device(self.model, self.args.device):
+                    return CachedReference.build(path, live, self.model, self._batches(rows))
         return CachedReference(path)
 
     def _rows_to_cache(self) -> Iterator[Mapping[str, Any]]:

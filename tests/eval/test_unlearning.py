@@ -16,11 +16,9 @@ from negtune.eval.unlearning import (
     aggregate,
     better,
     evaluate,
-    join_answers,
     oracle_truth_ratios,
     rouge_l_recall,
     row_key,
-    sample_answers,
 )
 from negtune.metrics.unlearning import forget_quality, model_utility, truth_ratio_geometric
 from negtune.models.forward import attach_scoring, completion_logps
@@ -327,7 +325,7 @@ WORKER = """
 import datetime, json, sys
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
-from negtune.eval.unlearning import evaluate, sample_answers
+from negtune.eval.unlearning import evaluate
 from negtune.models.tiny import tiny_tokenizer
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -343,7 +341,6 @@ def run(name, model):
     for size, part in parts.items():
         e = evaluate(model, tokenizer, part, batch_size=2, max_new_tokens=12)
         out[f"{name} {size}"] = [e.records, e.metrics, e.notes]
-    out[f"{name} samples"] = sample_answers(model, tokenizer, sets, arm="x", count=1, max_new_tokens=12)
 
 run("plain", load())
 run("ddp", torch.nn.parallel.DistributedDataParallel(load()))
@@ -478,12 +475,10 @@ def test_redacted_records_hold_no_text(memorized, tokenizer, make):
     open_, closed = (
         evaluate(memorized, tokenizer, full_sets(make), max_new_tokens=12, redact=redact) for redact in (False, True)
     )
-    samples = sample_answers(memorized, tokenizer, full_sets(make), arm="before", max_new_tokens=12, redact=True)
-    dump = json.dumps([closed.records, closed.metrics, closed.notes, samples])
+    dump = json.dumps([closed.records, closed.metrics, closed.notes])
     secrets = [w for r in open_.records for w in f"{r['prompt']} {r['gold']} {r['generation']}".split() if len(w) > 3]
     assert len(secrets) > 50
     assert [word for word in secrets if word in dump] == []
-    assert {sample["answers"]["before"] for sample in samples} == {None}
     assert closed.metrics == open_.metrics
     assert "Paris" in json.dumps(open_.records)
 
@@ -578,24 +573,6 @@ def test_a_dataset_with_null_columns_is_read_like_a_list(memorized, tokenizer):
 
 
 # --- samples and directions ----------------------------------------------------------------------------------------
-
-
-def test_sampled_answers_of_two_arms_are_joined_row_by_row(memorized, tokenizer):
-    sets = {"forget": chat_rows(FACTS), "retain": chat_rows(UNSEEN)}
-    after = sample_answers(memorized, tokenizer, sets, arm="after", count=2, max_new_tokens=30)
-    before = sample_answers(tiny_lm(), tokenizer, sets, arm="before", count=2, max_new_tokens=5)
-    joined = join_answers(before, after)
-    assert [(s["side"], s["prompt"], s["gold"]) for s in joined] == [
-        ("forget", *FACTS[0]),
-        ("forget", *FACTS[1]),
-        ("retain", *UNSEEN[0]),
-        ("retain", *UNSEEN[1]),
-    ]
-    assert [list(s["answers"]) for s in joined] == [["before", "after"]] * 4
-    assert [s["answers"]["after"] for s in joined[:2]] == [FACTS[0][1], FACTS[1][1]]
-    assert list(before[0]["answers"]) == ["before"]
-    with pytest.raises(ValueError, match="different prompts"):
-        join_answers(before, after[::-1])
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,18 @@ def test_overlong_rows_are_cut_dropped_or_refused(unlearn, forget_rows, retain_r
         unlearn(data=data, max_length=limit, overlong="error", train=False)
 
 
+def test_alternatives_cut_at_max_length_are_counted_or_refused(unlearn, forget_rows, knowing_folder, caplog):
+    tokenized = [tokenize_row(row, load_tokenizer(knowing_folder)) for row in forget_rows]
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in tokenized)
+    rows = [{**row, "alternative": [row["alternative"][0], "I do not know " * 20]} for row in forget_rows]
+    data = {"forget": rows}
+    settings = {"loss_type": "idk_nll", "retain_loss_type": "none", "data": data, "max_length": longest, "train": False}
+    unlearn(**settings)
+    assert f"forget: 4 alternative answers longer than max_length={longest} cut" in caplog.text
+    with pytest.raises(RowError, match=f"forget row 0: an alternative makes it longer than max_length={longest}"):
+        unlearn(**settings, overlong="error")
+
+
 def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, knowing_folder):
     with pytest.raises(ValueError, match="retain_loss_type='nll' needs retain rows"):
         unlearn(data={"forget": forget_rows}, train=False)
@@ -387,6 +399,15 @@ def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, 
     frozen = load(knowing_folder).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
         unlearn(model=frozen, train=False)
+
+
+def test_weights_that_zero3_splits_are_never_hashed_or_copied(unlearn, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    for kind in ("cached", "copy"):
+        with pytest.raises(ValueError, match=f"reference={kind} needs whole weights and ZeRO-3 splits them"):
+            unlearn(reference=kind, train=False)
+    with pytest.raises(ValueError, match="reference=cached needs whole weights"):
+        unlearn(reference="auto", train=False)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_construction(unlearn, tmp_path):

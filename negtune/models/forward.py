@@ -72,7 +72,8 @@ def attach_scoring(model: nn.Module) -> None:
         if score is None:
             return original(*args, **kwargs)
         rows, columns = at
-        out = self.base_model(*args, **kwargs, use_cache=False, output_hidden_states=bool(layers))
+        kwargs |= {"use_cache": False, "output_hidden_states": bool(layers)}  # PEFT may pass them as None
+        out = self.base_model(*args, **kwargs)
         inner = {layer: out.hidden_states[layer + 1][rows, columns] for layer in layers}  # 0 holds the embeddings
         return score(out.last_hidden_state[rows, columns - 1], head_of(self), inner)
 

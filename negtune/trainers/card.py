@@ -23,6 +23,14 @@ PAPERS = {
 }
 
 
+def paper_of(objective: str) -> dict[str, str] | None:
+    """`title` and `url` of the paper behind a named forget objective."""
+    if objective not in PAPERS:
+        return None
+    title, arxiv = PAPERS[objective]
+    return {"title": title, "url": f"https://arxiv.org/abs/{arxiv}"}
+
+
 def objective_name(objective: Any) -> str:
     """Short name of an objective, through `functools.partial`."""
     while isinstance(objective, partial):
@@ -38,7 +46,7 @@ def write_unlearning_card(
 
     args, adapter = trainer.args, is_peft(trainer.model)
     name = objective_name(trainer.forget_loss)
-    title, arxiv = PAPERS.get(name, (None, None))
+    paper = paper_of(name)
     retain = objective_name(trainer.retain_loss) if trainer.retain_loss is not None else "none"
     base = getattr(trainer.model.config, "name_or_path", "") or "not recorded"
     base_id = base if base and not Path(base).exists() else None
@@ -51,8 +59,8 @@ def write_unlearning_card(
         f"Unlearned with **{name}** by negtune's `UnlearningTrainer`, a TRL trainer.",
         "",
     ]
-    if title:
-        lines += [f"Objective: {title}, [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv}).", ""]
+    if paper:
+        lines += [f"Objective: [{paper['title']}]({paper['url']}).", ""]
     lines += ["| setting | value |", "|---|---|"]
     data = dataset_name or ("private (redacted)" if args.redact else "given by the caller")
     settings = {

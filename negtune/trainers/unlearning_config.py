@@ -100,9 +100,6 @@ class UnlearningConfig(BaseConfig):
             self.bf16 = not on_cpu and not self.fp16
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = not on_cpu
-        if self.ddp_find_unused_parameters is None:
-            # nothing above RMU's layer gets a gradient
-            self.ddp_find_unused_parameters = needs_of(self.forget_objective()).activations
         if on_cpu:
             self.dataloader_pin_memory = False
         self.remove_unused_columns = False
@@ -110,6 +107,8 @@ class UnlearningConfig(BaseConfig):
             self.greater_is_better = better(self.metric_for_best_model.removeprefix("eval_")) != "lower"
         super().__post_init__()
         self._validate()
+        if self.ddp_find_unused_parameters is None:  # nothing above RMU's layer gets a gradient
+            self.ddp_find_unused_parameters = needs_of(self.forget_objective()).activations
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # batches carry counts, which cannot be sliced and sent
 

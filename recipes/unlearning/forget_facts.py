@@ -24,6 +24,7 @@ from negtune.eval.run import Run
 from negtune.models.load import load_model
 from negtune.records import read_jsonl
 from negtune.report.terminal import report
+from negtune.trainers.card import paper_of
 
 
 @dataclass
@@ -53,7 +54,7 @@ def main() -> None:
         title="Unlearning Paris" if facts.forget is None else "Unlearning facts",
         recipe="recipes/unlearning/forget_facts.py",
         objective=f"{args.loss_type} + {args.retain_loss_type}",
-        paper={"title": "Negative Preference Optimization", "url": "https://arxiv.org/abs/2404.05868"},
+        paper=paper_of(args.loss_type),
         data=", ".join(f"{len(rows)} {name} rows" for name, rows in sets.items()),
         model=base,
         artefact="adapter on the base model",

@@ -26,6 +26,7 @@ from negtune.eval.run import Run
 from negtune.eval.unlearning import oracle_truth_ratios
 from negtune.models.load import load_model
 from negtune.report.terminal import report
+from negtune.trainers.card import paper_of
 from negtune.trainers.finetune import fine_tune
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         title=f"TOFU {'synthetic' if tofu.smoke else tofu.forget_split}: {args.loss_type}",
         recipe="recipes/unlearning/npo_tofu.py",
         objective=f"{args.loss_type} + {args.retain_loss_type}",
-        paper={"title": "Negative Preference Optimization", "url": "https://arxiv.org/abs/2404.05868"},
+        paper=paper_of(args.loss_type),
         data=", ".join(f"{len(rows)} {name} rows" for name, rows in task.sets.items()),
         model=base,
         artefact="trained weights" if not model_args.use_peft else "adapter on the fine-tuned model",

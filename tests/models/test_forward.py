@@ -106,7 +106,10 @@ def test_gradients_equal_those_through_full_logits(frozen, tied):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)])
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("config", [LoraConfig(**LORA), LoraConfig(**LORA, task_type="CAUSAL_LM")])
 def test_adapter_on_and_off(config):
     model = model64()
     base = completion_logps(model, collate(ROWS, 0)).detach()

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from trl import TrlParser
+
+from negtune import UnlearningConfig
+from negtune.losses.unlearning import FORGET_LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +31,13 @@ def launch(recipe: str, folder: Path, *flags: str) -> subprocess.CompletedProces
         ("unlearning/forget_facts.py", [], ["before", "after", "merged"]),
         ("unlearning/npo_tofu.py", [], ["oracle", "fine-tuned", "unlearned"]),
         (
+            "unlearning/forget_facts.py",
+            ["--loss_type", "rmu", "--loss_kwargs", '{"layer": 0}', "--trainable", "layers.0.*down_proj"],
+            ["before", "after", "merged"],
+        ),
+        (
             "unlearning/npo_tofu.py",
-            ["--loss_type", "simnpo", "--beta", "2.5", "--use_peft", "--load_in_4bit", "--check_4bit"],
+            ["--loss_type", "simnpo", "--use_peft", "--load_in_4bit", "--check_4bit"],
             ["oracle", "fine-tuned", "unlearned", "merged", "merged, 4-bit"],
         ),
     ],
@@ -45,6 +54,15 @@ def test_smoke(tmp_path, recipe, flags, arms):
         assert metrics["arms"]["oracle"]["model_utility"] >= 0  # a tiny model knows no real authors
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert (tmp_path / "history.jsonl").exists()
+
+
+@pytest.mark.parametrize("recipe", ["forget_facts", "npo_tofu"])
+@pytest.mark.parametrize("loss_type", sorted(FORGET_LOSSES))
+def test_every_objective_is_one_flag_away_and_keeps_its_own_hyper_parameters(recipe, loss_type, tmp_path):
+    config = ROOT / "recipes" / "unlearning" / f"{recipe}.yaml"
+    flags = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "--loss_type", loss_type]
+    args, *_ = TrlParser(UnlearningConfig).parse_args_and_config(flags, return_remaining_strings=True)
+    assert args.forget_objective().keywords == {}
 
 
 def test_a_wrong_flag_is_one_line(tmp_path):

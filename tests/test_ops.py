@@ -201,3 +201,12 @@ def test_needs_see_through_partial_and_name_the_sides():
     assert not declared.distributions
     assert declared.sides == {"forget", "alternative"}
     assert not needs_of(lambda retain: retain).reference
+
+
+def test_an_objective_that_reads_activations_must_name_its_layer():
+    @needs(activations=True)
+    def objective(forget):
+        return forget
+
+    with pytest.raises(ValueError, match="needs a keyword layer with a whole number"):
+        needs_of(objective)

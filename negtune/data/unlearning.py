@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from negtune.data.completions import RowError, content_key, tokenize_row
 logger = logging.getLogger(__name__)
 
 Overlong = Literal["truncate", "drop", "error"]
-_FORMAT = 2  # of the tokenised rows: caches of another one are not read
+_FORMAT = 3  # of the tokenised rows: caches of another one are not read
 
 
 def tokenize_side(
@@ -32,8 +33,9 @@ def tokenize_side(
         side: `forget` or `retain`, for messages.
         tokenizer: see `tokenize_row`.
         max_length: prompt plus completion.
-        overlong: what to do with a longer row: cut its completion, drop the row, or refuse. Counted and logged. A
-            prompt that leaves no room for a completion is dropped under `truncate` too.
+        overlong: what to do with a longer row: cut its completion, drop the row, or refuse; the same for an
+            alternative, and under `drop` a row that has none left goes with it. Counted and logged, except in a stream.
+            A prompt that leaves no room for a completion is dropped under `truncate` too.
         with_alternatives: read the column `alternative`, a string or a list of strings.
         in_memory: keep the tokenised rows out of the Arrow cache on disk (private data).
 
@@ -63,13 +65,13 @@ def tokenize_side(
         rows = datasets.Dataset.from_list([convert(row, index) for index, row in enumerate(data)])
     if len(rows) == 0:
         raise RowError(f"the {side} set is empty; an objective needs at least one row")
-    dropped, cut, alternatives = sum(rows["dropped"]), sum(rows["truncated"]), sum(rows["alternatives_cut"])
+    dropped, cut, alternatives = (sum(rows[name]) for name in ("dropped", "truncated", "alternatives_overlong"))
     if dropped or cut:
         logger.warning("%s: %d rows longer than max_length=%s cut, %d dropped", side, cut, max_length, dropped)
         rows = rows.select([index for index, gone in enumerate(rows["dropped"]) if not gone])
     if alternatives:
-        message = "%s: %d alternative answers longer than max_length=%s cut, so that they have no EOS"
-        logger.warning(message, side, alternatives, max_length)
+        fate = "dropped" if overlong == "drop" else "cut, so that they have no EOS"
+        logger.warning("%s: %d alternative answers longer than max_length=%s %s", side, alternatives, max_length, fate)
     if len(rows) == 0:
         raise RowError(f"every {side} row is longer than max_length={max_length}; raise it")
     return rows
@@ -131,6 +133,9 @@ def _convert(
             tokenize_row({"prompt": row["prompt"], "completion": text}, tokenizer, max_length=None)
             for text in (_alternatives(row) if with_alternatives and not dropped else [])
         ]
+        fitting = [a for a in alternatives if len(a["completion_ids"]) <= _room(a, max_length)]
+        if overlong == "error" and len(fitting) < len(alternatives):
+            raise RowError(f"an alternative makes it longer than max_length={max_length}; raise it or set overlong")
     except RowError as error:
         raise RowError(f"{side} row {index}: {error}") from None
     if with_alternatives and not dropped and not alternatives:
@@ -140,18 +145,20 @@ def _convert(
         )
     kept = [
         {"prompt_ids": a["prompt_ids"], "completion_ids": a["completion_ids"][: _room(a, max_length)]}
-        for a in alternatives
+        for a in (fitting if overlong == "drop" else alternatives)
     ]
-    cut = sum(len(a["completion_ids"]) > len(k["completion_ids"]) for a, k in zip(alternatives, kept, strict=True))
-    if cut and overlong == "error":
-        raise RowError(
-            f"{side} row {index}: an alternative makes it longer than max_length={max_length}; raise it or set overlong"
-        )
-    return {**converted, "alternatives": kept, "alternatives_cut": cut, "dropped": dropped, "row": index}
+    return {
+        **converted,
+        "alternatives": kept,
+        "alternatives_overlong": len(alternatives) - len(fitting),
+        "dropped": dropped or (bool(alternatives) and not kept),
+        "row": index,
+    }
 
 
-def _room(row: Mapping[str, Any], max_length: int | None) -> int | None:
-    return None if max_length is None else max_length - len(row["prompt_ids"])
+def _room(row: Mapping[str, Any], max_length: int | None) -> int:
+    """Completion tokens that fit behind this prompt."""
+    return sys.maxsize if max_length is None else max_length - len(row["prompt_ids"])
 
 
 def _alternatives(row: Mapping[str, Any]) -> list[Any]:

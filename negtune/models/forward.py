@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +73,38 @@ def attach_scoring(model: nn.Module) -> None:
         if score is None:
             return original(*args, **kwargs)
         rows, columns = at
-        kwargs |= {"use_cache": False, "output_hidden_states": bool(layers)}  # PEFT may pass them as None
-        out = self.base_model(*args, **kwargs)
-        inner = {layer: out.hidden_states[layer + 1][rows, columns] for layer in layers}  # 0 holds the embeddings
-        return score(out.last_hidden_state[rows, columns - 1], head_of(self), inner)
+        with _outputs_of(self, layers) as outputs:
+            hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        inner = {layer: outputs[layer][rows, columns] for layer in layers}
+        return score(hidden[rows, columns - 1], head_of(self), inner)
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_for = id(lm)
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM, in order."""
+    count = lm.config.get_text_config().num_hidden_layers
+    found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found:
+        raise ValueError(f"{type(lm).__name__} keeps its {count} decoder layers in no list; activations cannot be read")
+    return found[0]
+
+
+@contextmanager
+def _outputs_of(lm: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Catch what these decoder layers return; unlike `output_hidden_states` nothing else is kept."""
+    outputs: dict[int, Tensor] = {}
+
+    def catch(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[layer] = output if isinstance(output, Tensor) else output[0]
+
+    hooks = [decoder_layers(lm)[layer].register_forward_hook(functools.partial(catch, layer)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def head_of(lm: nn.Module, module: nn.Module | None = None) -> LogitsHead:
@@ -163,12 +189,18 @@ def completion_hidden(
 
 
 def check_layer(model: nn.Module, layer: int) -> None:
-    """Raise unless `layer` is a decoder layer before the last, whose output the final norm would hide."""
-    count = causal_lm(model).config.get_text_config().num_hidden_layers
-    if not 0 <= layer < count - 1:
+    """Raise unless `layer` is a decoder layer and something that is trained lies in it or below it."""
+    layers = decoder_layers(causal_lm(model))
+    if not 0 <= layer < len(layers):
         raise ValueError(
-            f"layer must be between 0 and {count - 2} for this model of {count} layers, got {layer}; set it for both "
-            "sides: --loss_kwargs '{\"layer\": N}' and --retain_loss_kwargs '{\"layer\": N}'"
+            f"layer must be between 0 and {len(layers) - 1} for this model, got {layer}; set it where the objective "
+            "reads activations: --loss_kwargs '{\"layer\": N}', and --retain_loss_kwargs if it is activation_mse"
+        )
+    below = [*layers[: layer + 1], causal_lm(model).get_input_embeddings()]
+    if not any(p.requires_grad for module in below for p in module.parameters()):
+        raise ValueError(
+            f"nothing that is trained lies at or below layer {layer}, whose activations the objective reads; change "
+            "layer, or what is trained (trainable, layers_to_transform of the adapter)"
         )
 
 

@@ -86,7 +86,7 @@ class AdapterReference:
     @contextmanager
     def _active(self, model: nn.Module) -> Iterator[None]:
         peft_model = _peft_model(model)
-        with eval_mode(model):
+        with eval_mode(model), trainability_kept(model):
             if self.adapter is None:
                 with peft_model.disable_adapter():
                     yield
@@ -240,12 +240,13 @@ def freeze_current_adapter(model: nn.Module) -> AdapterReference:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA, OLoRA and their like would rewrite the base weights a second time
     state = get_peft_model_state_dict(peft_model, adapter_name=policy)
-    peft_model.add_adapter(REFERENCE_ADAPTER, config)
-    set_peft_model_state_dict(
-        peft_model, {k: v.detach().clone() for k, v in state.items()}, adapter_name=REFERENCE_ADAPTER
-    )
-    peft_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-    peft_model.set_adapter(policy)
+    with trainability_kept(peft_model):
+        peft_model.add_adapter(REFERENCE_ADAPTER, config)
+        set_peft_model_state_dict(
+            peft_model, {k: v.detach().clone() for k, v in state.items()}, adapter_name=REFERENCE_ADAPTER
+        )
+        peft_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        peft_model.set_adapter(policy)
     original_save = peft_model.save_pretrained
 
     def save_without_reference(save_directory: str, *args: Any, **kwargs: Any) -> Any:
@@ -266,6 +267,18 @@ def weights_hash(model: nn.Module, include: Any = None) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` afterwards: PEFT switches it on for a whole adapter whenever it activates one."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
 
 
 @contextmanager

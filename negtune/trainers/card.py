@@ -69,6 +69,8 @@ def write_unlearning_card(
         "forget objective": f"{name} x {args.forget_weight:g}",
         "forget hyper-parameters": getattr(trainer.forget_loss, "keywords", {}) or "defaults",
         "retain objective": f"{retain} x {args.retain_weight:g}" if retain != "none" else "none",
+        "retain hyper-parameters": getattr(trainer.retain_loss, "keywords", {}) or "defaults",
+        "trained parameters": f"`{args.trainable}`" if args.trainable else "all, or the adapter's",
         "reference": type(trainer.reference).__name__ if trainer.reference is not None else "none",
         "learning rate": args.learning_rate,
         "optimiser steps": trainer.state.global_step,

@@ -121,11 +121,11 @@ class UnlearningTrainer(BaseTrainer):
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         arrived_with_adapter = not isinstance(model, str | os.PathLike) and is_peft(model)
         model = prepare_policy(model, peft_config, args.model_init_kwargs)
-        self.layers = sorted({n.layer for n in (self.forget_needs, self.retain_needs) if n.layer is not None})
-        for layer in self.layers:
-            check_layer(model, layer)
         if args.trainable is not None:
             train_only(model, args.trainable)
+        self.layers = self._checked_layers(model)
+        if args.ddp_find_unused_parameters is None:  # nothing above RMU's layer gets a gradient
+            args.ddp_find_unused_parameters = bool(self.layers)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         if args.disable_dropout:
             disable_dropout(model)
@@ -158,6 +158,18 @@ class UnlearningTrainer(BaseTrainer):
             self.add_callback(ProgressTable())
         with self.accelerator.autocast():
             self.reference = self._choose_reference(reference, arrived_with_adapter)
+
+    def _checked_layers(self, model: nn.Module) -> list[int]:
+        """The layer whose activations the objectives read, if any, as a list."""
+        layers = sorted({n.layer for n in (self.forget_needs, self.retain_needs) if n.layer is not None})
+        if len(layers) > 1:
+            raise ValueError(
+                f"the forget objective reads layer {self.forget_needs.layer} and the retain objective layer "
+                f"{self.retain_needs.layer}; set the same layer in loss_kwargs and retain_loss_kwargs"
+            )
+        for layer in layers:
+            check_layer(model, layer)
+        return layers
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -322,7 +334,8 @@ class UnlearningTrainer(BaseTrainer):
         if kind in ("cached", "copy") and sharded_at_load():
             raise ValueError(
                 f"reference={kind} needs whole weights and ZeRO-3 splits them while they load; train an adapter with "
-                "reference=adapter, or use accelerate_configs/zero2.yaml or fsdp2.yaml"
+                "reference=adapter, or use accelerate_configs/zero2.yaml (or fsdp2.yaml, where the whole model has to "
+                "fit one device before training starts)"
             )
         if kind == "copy":
             return FrozenCopy(self.model)

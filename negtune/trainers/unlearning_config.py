@@ -13,7 +13,6 @@ import torch
 from negtune._trl_compat import BaseConfig
 from negtune.eval.unlearning import better
 from negtune.losses.unlearning import FORGET_LOSSES, RETAIN_LOSSES
-from negtune.ops import needs_of
 
 
 @dataclass
@@ -107,8 +106,6 @@ class UnlearningConfig(BaseConfig):
             self.greater_is_better = better(self.metric_for_best_model.removeprefix("eval_")) != "lower"
         super().__post_init__()
         self._validate()
-        if self.ddp_find_unused_parameters is None:  # nothing above RMU's layer gets a gradient
-            self.ddp_find_unused_parameters = needs_of(self.forget_objective()).activations
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # batches carry counts, which cannot be sliced and sent
 

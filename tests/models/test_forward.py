@@ -150,10 +150,18 @@ def test_a_layer_output_is_what_the_layer_module_returns_and_carries_its_gradien
     assert model.model.layers[2].mlp.up_proj.weight.grad is None
 
 
-@pytest.mark.parametrize("layer", [-1, 2, 7])
-def test_the_last_layer_and_beyond_are_refused(layer):
-    with pytest.raises(ValueError, match="between 0 and 1 for this model of 3 layers"):
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_is_not_there_is_refused(layer):
+    with pytest.raises(ValueError, match=f"between 0 and 2 for this model, got {layer}"):
         check_layer(model64(layers=3), layer)
+
+
+def test_a_layer_with_nothing_trained_below_it_is_refused():
+    model = model64(layers=3).requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    check_layer(model, 1)
+    with pytest.raises(ValueError, match="nothing that is trained lies at or below layer 0"):
+        check_layer(model, 0)
 
 
 def test_a_head_in_modules_to_save_is_used_when_on_and_its_original_when_off():

@@ -76,18 +76,59 @@ def test_rmu_misdirects_one_layer_of_the_forget_answers_and_keeps_the_others(unl
 
 
 @pytest.mark.parametrize("reference", ["adapter", "copy"])
-def test_activations_are_compared_with_the_base_under_the_adapter(unlearn, reference):
+def test_activations_are_compared_with_the_reference(unlearn, knowing_folder, retain_rows, reference):
+    """Step 1 of an adapter that is not at 0, against the base (adapter off) or itself (copy), by a hook of our own."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = unlearn(
         loss_type="rmu",
-        loss_kwargs={"layer": 0, "steering": 8.0},
+        loss_kwargs={"layer": 0},
         retain_loss_type="activation_mse",
         retain_loss_kwargs={"layer": 0},
         reference=reference,
         forget_weight=0.0,
-        trainer_kwargs={"peft_config": LORA},
+        trainer_kwargs={"peft_config": config},
+        per_device_train_batch_size=4,
         max_steps=1,
+        learning_rate=0.0,
     )
-    assert losses(trainer)[0] == pytest.approx(0.0, abs=1e-9)
+    model, tokenizer = trainer.model, load_tokenizer(knowing_folder)
+    caught = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda module, args, out: caught.append(out.detach()))
+    total, count = 0.0, 0
+    for row in retain_rows:
+        ids = tokenize_row(row, tokenizer)
+        inputs = torch.tensor([ids["prompt_ids"] + ids["completion_ids"]])
+        with torch.no_grad():
+            model(input_ids=inputs)
+            with model.disable_adapter():
+                model(input_ids=inputs)
+        on, off = (out[0, len(ids["prompt_ids"]) :] for out in caught[-2:])
+        total, count = total + (on - off).square().mean(-1).sum().item(), count + len(on)
+    expected = total / count if reference == "adapter" else 0.0
+    assert total / count > 1e-3
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def _trained_names(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("reference", ["adapter", "cached"])
+def test_what_is_trained_stays_so_however_often_the_reference_switches_adapters(
+    unlearn, knowing_folder, arrives, reference
+):
+    model = get_peft_model(load(knowing_folder), LORA) if arrives else None
+    kwargs = None if arrives else {"peft_config": LORA}
+    pattern = r"layers\.0\.mlp\.down_proj"
+    trainer = unlearn(model=model, trainer_kwargs=kwargs, trainable=pattern, reference=reference, train=False)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    wanted = _trained_names(trainer.model)
+    assert len(wanted) == 2
+    trainer.train()
+    assert _trained_names(trainer.model) == wanted
+    assert {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])} == wanted
+    assert {n for n, p in trainer.model.named_parameters() if p.grad is not None} <= wanted
 
 
 def test_lora_trains_the_adapter_and_leaves_the_base_alone(unlearn, probabilities):
@@ -375,6 +416,11 @@ def test_alternatives_cut_at_max_length_are_counted_or_refused(unlearn, forget_r
     settings = {"loss_type": "idk_nll", "retain_loss_type": "none", "data": data, "max_length": longest, "train": False}
     unlearn(**settings)
     assert f"forget: 4 alternative answers longer than max_length={longest} cut" in caplog.text
+    dropped = unlearn(**settings, overlong="drop").train_dataset.forget
+    assert [len(row["alternatives"]) for row in dropped] == [1] * 4
+    assert f"forget: 4 alternative answers longer than max_length={longest} dropped" in caplog.text
+    data["forget"] = [{**row, "alternative": row["alternative"][int(i == 0) :]} for i, row in enumerate(rows)]
+    assert [row["row"] for row in unlearn(**settings, overlong="drop").train_dataset.forget] == [1, 2, 3]
     with pytest.raises(RowError, match=f"forget row 0: an alternative makes it longer than max_length={longest}"):
         unlearn(**settings, overlong="error")
 
@@ -390,8 +436,12 @@ def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, 
         unlearn(trainer_kwargs={"peft_config": LoraConfig(target_modules=["lm_head"])}, train=False)
     with pytest.raises(ValueError, match="already carries an adapter"):
         unlearn(model=get_peft_model(load(knowing_folder), LORA), trainer_kwargs={"peft_config": LORA}, train=False)
-    with pytest.raises(ValueError, match="layer must be between 0 and 0 for this model of 2 layers, got 7"):
+    with pytest.raises(ValueError, match="layer must be between 0 and 1 for this model, got 7"):
         unlearn(loss_type="rmu", train=False)
+    with pytest.raises(ValueError, match="reads layer 0 and the retain objective layer 7; set the same layer"):
+        unlearn(loss_type="rmu", loss_kwargs={"layer": 0}, retain_loss_type="activation_mse", train=False)
+    with pytest.raises(ValueError, match="nothing that is trained lies at or below layer 0"):
+        unlearn(loss_type="rmu", loss_kwargs={"layer": 0}, trainable=r"layers\.1\.", train=False)
     with pytest.raises(ValueError, match="matches none of the 21 trainable parameters"):
         unlearn(trainable="layers.9", train=False)
     with pytest.raises(ValueError, match="is no regular expression"):

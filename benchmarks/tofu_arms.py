@@ -324,7 +324,9 @@ def write_results(
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
     keep = ("job", "metrics", "diverged", "answers", "steps", "train_seconds", "seconds", "peak_rss_mib")
     summary = {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("one", "data_dir")},
+        "arguments": {
+            name: value for name, value in vars(args).items() if name not in ("one", "data_dir", "output_dir")
+        },
         "runs": [{name: row[name] for name in keep if name in row} for row in runs],
         **{name: baselines["oracle"][name] for name in ("versions", "machine")},
     }

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from side_by_side import write_result
+
 MODES = {
     "full, frozen copy": {"reference": "copy"},
     "full, cached reference": {"reference": "cached"},
@@ -44,7 +46,7 @@ def main() -> None:
     for mode in MODES:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", mode], check=True)
         results.append(json.loads((folder / "one.json").read_text()))
-    (folder / "memory.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(write_result("unlearning_memory", results))
     print("| mode | trained parameters | peak RSS MiB | after loading MiB | s/step (median) |\n|---|---|---|---|---|")
     for r in results:
         print(
@@ -54,13 +56,12 @@ def main() -> None:
 
 
 def run_one(args: argparse.Namespace, mode: str, folder: Path) -> None:
-    import torch
     from peft import LoraConfig
     from transformers import TrainerCallback
 
     from negtune import UnlearningConfig, UnlearningTrainer
     from negtune.data.tofu import tofu_task
-    from negtune.eval.run import machine, peak_rss_mib, versions
+    from negtune.eval.run import peak_rss_mib
     from negtune.models.load import load_model
 
     class Clock(TrainerCallback):
@@ -96,9 +97,7 @@ def run_one(args: argparse.Namespace, mode: str, folder: Path) -> None:
         "peak_rss_mib": peak_rss_mib(),
         "seconds_per_step": median(gaps),
         "step_seconds": gaps,
-        "threads": torch.get_num_threads(),
         "rows_per_step": [args.rows, args.rows],
-        **{"versions": versions(), "machine": machine()},
     }
     (folder / "one.json").write_text(json.dumps(result), encoding="utf-8")
 

@@ -99,6 +99,11 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, padding_side: 
     }
 
 
+def padding_id(tokenizer: Any) -> int:
+    """What fills shorter rows: the pad token, or EOS where there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _columns(row: Mapping[str, Any]) -> tuple[Any, Any]:
     for name in ("prompt", "completion"):
         if row.get(name) is None:

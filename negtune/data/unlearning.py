@@ -6,14 +6,56 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from negtune.data.completions import RowError, content_key, tokenize_row
+from negtune.data.pairing import ForgetRetainDataset, ForgetRetainStream
 
 logger = logging.getLogger(__name__)
 
 Overlong = Literal["truncate", "drop", "error"]
 _FORMAT = 3  # of the tokenised rows: caches of another one are not read
+
+
+def prepare_sides(
+    data: Mapping[str, Any] | None,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: Overlong,
+    with_alternatives: bool,
+    retain_needed_by: str | None,
+    retain_per_forget: int,
+    seed: int,
+    in_memory: bool,
+) -> ForgetRetainDataset | ForgetRetainStream:
+    """Check and tokenise `{"forget": rows, "retain": rows}` and pair the two sides.
+
+    Args:
+        data: both sides, each as in `tokenize_side`; retain rows are left out if nothing needs them.
+        tokenizer, max_length, overlong, with_alternatives, in_memory: see `tokenize_side`.
+        retain_needed_by: name of the objective that holds the retain rows, for the message; None if there is none.
+        retain_per_forget, seed: see `ForgetRetainDataset`.
+
+    Raises:
+        ValueError, RowError: a side is missing or has a row that cannot be used, or the sides share a row.
+    """
+    if not isinstance(data, Mapping) or "forget" not in data:
+        raise ValueError('train_dataset must be {"forget": rows, "retain": rows}')
+    if retain_needed_by is not None and data.get("retain") is None:
+        raise ValueError(
+            f'retain_loss_type={retain_needed_by!r} needs retain rows: pass train_dataset={{"forget": ..., '
+            '"retain": ...}, or set retain_loss_type="none" to unlearn without holding anything'
+        )
+    convert = partial(tokenize_side, tokenizer=tokenizer, max_length=max_length, overlong=overlong, in_memory=in_memory)
+    forget = convert(data["forget"], "forget", with_alternatives=with_alternatives)
+    retain = convert(data["retain"], "retain") if retain_needed_by is not None else None
+    if not hasattr(forget, "__len__") or (retain is not None and not hasattr(retain, "__len__")):
+        return ForgetRetainStream(forget, retain, retain_per_forget=retain_per_forget, seed=seed)
+    if retain is not None:
+        check_disjoint(forget, retain)
+    return ForgetRetainDataset(forget, retain, retain_per_forget=retain_per_forget, seed=seed)
 
 
 def tokenize_side(

@@ -135,7 +135,7 @@ class Run:
                 **self.record,
                 "versions": versions(),
                 "machine": machine(),
-                "git": _commit(),
+                "git": repository_commit(),
                 "command": _command(),
                 "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.time() - self.started, 1),
@@ -195,7 +195,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def repository_commit() -> str | None:
     """Short commit of the repository this package lies in, `+` when it has changes; None when installed."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():

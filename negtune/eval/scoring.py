@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from negtune.data.completions import RowError, collate, prompt_token_ids, tokenize_row
+from negtune.data.completions import RowError, collate, padding_id, prompt_token_ids, tokenize_row
 from negtune.metrics import unlearning as metrics
 from negtune.models.forward import attach_scoring, causal_lm, completion_statistics
 
@@ -97,7 +97,7 @@ def _score(
     device = next(model.parameters()).device
     out: list[Any] = [None] * len(rows)
     for chunk in _batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], batch_size, steps):
-        batch = collate([rows[i] for i in chunk], _pad_id(tokenizer))
+        batch = collate([rows[i] for i in chunk], padding_id(tokenizer))
         logps, correct, mask = completion_statistics(model, {k: v.to(device) for k, v in batch.items()})
         logps, correct, mask = logps.double().cpu().numpy(), correct.cpu().numpy(), mask.cpu().numpy()
         for i, row_logps, row_correct, row_mask in zip(chunk, logps, correct, mask, strict=True):
@@ -133,13 +133,13 @@ def _generate(
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=padding_id(tokenizer),
         use_cache=True,
     )
     out: list[Any] = [None] * len(ids)
     for chunk in _batches([len(i) for i in ids], batch_size, steps):
         width = max(len(ids[i]) for i in chunk)
-        input_ids = torch.tensor([[_pad_id(tokenizer)] * (width - len(ids[i])) + ids[i] for i in chunk])
+        input_ids = torch.tensor([[padding_id(tokenizer)] * (width - len(ids[i])) + ids[i] for i in chunk])
         attention_mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk])
         generated = model.generate(
             input_ids=input_ids.to(device),
@@ -157,10 +157,6 @@ def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     configured = getattr(getattr(causal_lm(model), "generation_config", None), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [tokenizer.eos_token_id, *more] if end is not None})
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _without_ddp(model: nn.Module) -> nn.Module:

@@ -7,7 +7,6 @@ processes, so accumulation and the number of processes change nothing. The host 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -21,10 +20,10 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._trl_compat import BaseTrainer
-from negtune.data.completions import collate, content_key
+from negtune.data.completions import padding_id
 from negtune.data.pairing import EpochSampler, ForgetRetainDataset, ForgetRetainStream
 from negtune.data.sides import SIDES, collate_sides, part_of, side_batch, side_counts, side_slices, trimmed
-from negtune.data.unlearning import check_disjoint, tokenize_side
+from negtune.data.unlearning import prepare_sides
 from negtune.eval.unlearning import check_sets, evaluate
 from negtune.losses.unlearning import RETAIN_LOSSES, npo_weight
 from negtune.models.forward import check_layer, run, scored_tokens
@@ -34,20 +33,10 @@ from negtune.models.policy import (
     checkpoint_bytes,
     disable_dropout,
     is_peft,
-    on_device,
     prepare_policy,
-    sharded_at_load,
     train_only,
 )
-from negtune.models.reference import (
-    AdapterReference,
-    CachedReference,
-    FrozenCopy,
-    PolicyReference,
-    Reference,
-    freeze_current_adapter,
-    weights_hash,
-)
+from negtune.models.reference import PolicyReference, Reference
 from negtune.ops import (
     LayerActivations,
     Needs,
@@ -61,6 +50,7 @@ from negtune.ops import (
 from negtune.records import write_json
 from negtune.trainers.card import write_unlearning_card
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
+from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.unlearning_config import UnlearningConfig
 
 
@@ -117,7 +107,17 @@ class UnlearningTrainer(BaseTrainer):
         if processing_class is None:
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             processing_class = AutoTokenizer.from_pretrained(name)
-        datasets = _tokenized(train_dataset, processing_class, args, self.forget_needs, self.retain_loss is not None)
+        datasets = prepare_sides(
+            train_dataset,
+            processing_class,
+            max_length=args.max_length,
+            overlong=args.overlong,
+            with_alternatives=bool(self.forget_needs.sides & {"alternative", "z0"}),
+            retain_needed_by=args.retain_loss_type if self.retain_loss is not None else None,
+            retain_per_forget=args.retain_per_forget,
+            seed=_data_seed(args),
+            in_memory=args.redact,
+        )
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         arrived_with_adapter = not isinstance(model, str | os.PathLike) and is_peft(model)
         model = prepare_policy(model, peft_config, args.model_init_kwargs)
@@ -146,7 +146,7 @@ class UnlearningTrainer(BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_sides, pad_token_id=_pad_token_id(processing_class)),
+            data_collator=partial(collate_sides, pad_token_id=padding_id(processing_class)),
             train_dataset=datasets,
             eval_dataset=eval_sets or None,
             processing_class=processing_class,
@@ -156,8 +156,22 @@ class UnlearningTrainer(BaseTrainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressTable())
+        cache = LogpCache(
+            folder=Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache"),
+            rows=self._rows_to_cache,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=padding_id(processing_class),
+            accelerator=self.accelerator,
+        )
         with self.accelerator.autocast():
-            self.reference = self._choose_reference(reference, arrived_with_adapter)
+            self.reference = choose_reference(
+                args.reference,
+                self.model,
+                [self.forget_needs, self.retain_needs],
+                arrived_with_adapter=arrived_with_adapter,
+                cache=cache if isinstance(datasets, ForgetRetainDataset) else None,
+                given=reference,
+            )
 
     def _checked_layers(self, model: nn.Module) -> list[int]:
         """The layer whose activations the objectives read, if any, as a list."""
@@ -306,83 +320,14 @@ class UnlearningTrainer(BaseTrainer):
             "the learning rate, or use a bounded objective (npo, simnpo) in place of an unbounded one (grad_ascent)"
         )
 
-    # --- reference ----------------------------------------------------------------------------------------------------
-
-    def _choose_reference(self, given: Any, arrived_with_adapter: bool) -> Reference | None:
-        needed = [n for n in (self.forget_needs, self.retain_needs) if n.reference]
-        hidden = any(not n.logps_suffice for n in needed)
-        if given is not None:
-            reference = FrozenCopy(given, own=given is not self.model) if isinstance(given, nn.Module) else given
-        elif not needed:
-            return None
-        else:
-            reference = self._own_reference(arrived_with_adapter, hidden)
-        if hidden and not reference.has_hidden:
-            raise ValueError(
-                "this objective compares whole distributions or activations and cached log-probabilities cannot serve "
-                "it; set reference to adapter or copy"
-            )
-        return reference
-
-    def _own_reference(self, arrived_with_adapter: bool, hidden: bool) -> Reference:
-        kind, streaming = self.args.reference, not isinstance(self.train_dataset, ForgetRetainDataset)
-        peft = is_peft(self.model)
-        if kind == "auto":
-            kind = "adapter" if peft else "copy" if hidden or streaming else "cached"
-        if kind == "adapter" and not peft:
-            raise ValueError("reference=adapter needs an adapter; pass peft_config, or set reference to cached or copy")
-        if kind in ("cached", "copy") and sharded_at_load():
-            raise ValueError(
-                f"reference={kind} needs whole weights and ZeRO-3 splits them while they load; train an adapter with "
-                "reference=adapter, or use accelerate_configs/zero2.yaml (or fsdp2.yaml, where the whole model has to "
-                "fit one device before training starts)"
-            )
-        if kind == "copy":
-            return FrozenCopy(self.model)
-        live: Reference = PolicyReference()
-        if peft:
-            live = freeze_current_adapter(self.model) if arrived_with_adapter else AdapterReference()
-        if kind == "adapter":
-            return live
-        if streaming:
-            raise ValueError("reference=cached needs the rows beforehand; a stream needs reference=adapter or copy")
-        if hidden:
-            return CachedReference  # refused by the caller, before any time is spent
-        return self._cached(live, arrived_with_adapter)
-
-    def _cached(self, live: Reference, arrived_with_adapter: bool) -> CachedReference:
-        rows = list(self._rows_to_cache())
-        only_base = isinstance(live, AdapterReference) and not arrived_with_adapter
-        adapter = self.model.active_adapter if only_base else None
-        weights = weights_hash(self.model, lambda name: adapter is None or f".{adapter}." not in f".{name}.")
-        keys = sorted({content_key(row["prompt_ids"], row["completion_ids"]) for row in rows})
-        configs = [self.model.config.to_json_string(), self.accelerator.mixed_precision]
-        configs += [str(config) for config in getattr(self.model, "peft_config", {}).values() if not only_base]
-        precise = hashlib.sha256(repr([weights, *configs]).encode()).hexdigest()
-        name = content_key(keys, [int(precise[:15], 16)])
-        folder = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference_cache")
-        path = folder / f"{name:016x}.safetensors"
-        with self.accelerator.main_process_first():
-            if not path.exists():
-                with on_device(self.model, self.args.device):
-                    return CachedReference.build(path, live, self.model, self._batches(rows))
-        return CachedReference(path)
-
     def _rows_to_cache(self) -> Iterator[Mapping[str, Any]]:
-        dataset = self.train_dataset
-        for row in dataset.forget:
+        """Every row whose reference log-probabilities an objective may ask for."""
+        for row in self.train_dataset.forget:
             yield row
             if self.forget_needs.sides & {"alternative", "z0"}:
                 yield from row["alternatives"]
         if self.retain_needs.reference:
-            yield from dataset.retain
-
-    def _batches(self, rows: list[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
-        size, pad = self.args.per_device_eval_batch_size, _pad_token_id(self.processing_class)
-        rows = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["completion_ids"]))
-        for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], pad)
-            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            yield from self.train_dataset.retain
 
     # --- what a person sees -------------------------------------------------------------------------------------------
 
@@ -492,31 +437,3 @@ def _composites(metrics: Mapping[str, float | None]) -> dict[str, float]:
 
 def _data_seed(args: UnlearningConfig) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _tokenized(
-    data: Mapping[str, Any] | None, tokenizer: Any, args: UnlearningConfig, needs: Needs, use_retain: bool
-) -> ForgetRetainDataset | ForgetRetainStream:
-    """Check and tokenise both sides; raises before anything else happens."""
-    if not isinstance(data, Mapping) or "forget" not in data:
-        raise ValueError('train_dataset must be {"forget": rows, "retain": rows}')
-    if use_retain and data.get("retain") is None:
-        raise ValueError(
-            f'retain_loss_type={args.retain_loss_type!r} needs retain rows: pass train_dataset={{"forget": ..., '
-            '"retain": ...}, or set retain_loss_type="none" to unlearn without holding anything'
-        )
-    convert = partial(
-        tokenize_side, tokenizer=tokenizer, max_length=args.max_length, overlong=args.overlong, in_memory=args.redact
-    )
-    forget = convert(data["forget"], "forget", with_alternatives=bool(needs.sides & {"alternative", "z0"}))
-    retain = convert(data["retain"], "retain") if use_retain else None
-    settings = {"retain_per_forget": args.retain_per_forget, "seed": _data_seed(args)}
-    if not hasattr(forget, "__len__") or (retain is not None and not hasattr(retain, "__len__")):
-        return ForgetRetainStream(forget, retain, **settings)
-    if retain is not None:
-        check_disjoint(forget, retain)
-    return ForgetRetainDataset(forget, retain, **settings)

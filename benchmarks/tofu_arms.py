@@ -9,8 +9,7 @@ ones). NPO so has two arms, that is one dial more than the others.
    choice, as it is not in real life.
 2. Confirmation: that rate at other seeds, with the last `--held_out` retain rows kept out of the unlearning. The
    fine-tuned model and the oracle know them, no step of these runs sees them, no choice was made on them
-   (`retain_unseen`): they tell keeping from learning again. Generated answers, and what needs them or is slow (model
-   utility, real authors, world facts), are measured at the first of these seeds only.
+   (`retain_unseen`): they tell keeping from learning again. Everything is measured, generated answers included.
 
     python benchmarks/tofu_arms.py --data_dir FOLDER --output_dir runs/tofu --jobs 2
 
@@ -123,7 +122,6 @@ def arm_job(args: argparse.Namespace, kind: str, arm: str, learning_rate: float,
         **{"kind": kind, "arm": arm, "learning_rate": learning_rate, "seed": seed, "loss": ARMS[arm]},
         **{"epochs": args.epochs, "per_device_train_batch_size": args.batch_size, "training": TRAINING},
         **{"lora": None if args.full else LORA, "held_out": args.held_out if kind == "confirm" else 0},
-        **({"everything": seed == args.seeds[0]} if kind == "confirm" else {}),
     }
 
 
@@ -230,12 +228,8 @@ def run_sweep(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_confirm(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
-    """Unlearn with some retain rows held out, and score: everything, or only what needs no generation."""
-    sets = all_sets(args)
-    if job["everything"]:
-        return unlearn(args, job, sets, generate=True)
-    kept = {name: answers_only(sets[name]) for name in ("retain", "retain_unseen")}
-    return unlearn(args, job, {"forget": sets["forget"], **kept}, generate=False)
+    """Unlearn with some retain rows held out, and score everything."""
+    return unlearn(args, job, all_sets(args), generate=True)
 
 
 def answers_only(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from negtune.data.completions import RowError, collate, padding_id, prompt_token_ids, tokenize_row
 from negtune.metrics import unlearning as metrics
-from negtune.models.forward import attach_scoring, causal_lm, completion_statistics
+from negtune.models.forward import attach_scoring, completion_statistics
+from negtune.models.structure import causal_lm
 
 
 def score_completions(

@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from negtune.models.head import LogitsHead
+from negtune.models.sharing import packed_batch, tree_inputs
+from negtune.models.structure import causal_lm, decoder_layers, eval_mode
 from negtune.ops import at_least_float32, scatter_tokens, tiled_token_values, token_logps
 
 Score = Callable[[Tensor, LogitsHead, Mapping[int, Tensor]], dict[str, Tensor]]
@@ -46,21 +48,11 @@ class ScoredTokens:
     mask: Bool[Tensor, "B T"]
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP/FSDP1 (`.module`), `torch.compile` and PEFT wrappers."""
-    while True:
-        wrapped = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if isinstance(wrapped, nn.Module):
-            model = wrapped
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
 def attach_scoring(model: nn.Module) -> None:
-    """Add the keywords `score`, `at` (rows, columns of the scored tokens) and `layers` to the forward of the causal LM
-    inside `model`. Idempotent."""
+    """Add the keywords `score`, `at` and `layers` to the forward of the causal LM inside `model`. Idempotent.
+
+    `at` says where the scored tokens stand: their rows, the columns that predict them, their own columns, `[N]` each.
+    """
     lm = causal_lm(model)
     if getattr(lm, "_scores_for", None) == id(lm):  # a deep copy carries the mark but the original's forward
         return
@@ -72,23 +64,14 @@ def attach_scoring(model: nn.Module) -> None:
     ) -> Any:
         if score is None:
             return original(*args, **kwargs)
-        rows, columns = at
+        rows, before, columns = at
         with _outputs_of(self, layers) as outputs:
             hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
         inner = {layer: outputs[layer][rows, columns] for layer in layers}
-        return score(hidden[rows, columns - 1], head_of(self), inner)
+        return score(hidden[rows, before], head_of(self), inner)
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_for = id(lm)
-
-
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM, in order."""
-    count = lm.config.get_text_config().num_hidden_layers
-    found = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not found:
-        raise ValueError(f"{type(lm).__name__} keeps its {count} decoder layers in no list; activations cannot be read")
-    return found[0]
 
 
 @contextmanager
@@ -133,12 +116,20 @@ def run(
         score: see `Score`.
         layers: decoder layers whose outputs `score` wants, counted from 0; see `check_layer`.
     """
-    kwargs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if (batch["attention_mask"][:, 0] == 0).any() and _takes_position_ids(causal_lm(model)):
-        kwargs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    lm = causal_lm(model)
+    packed = packed_batch(lm, batch)
+    if packed is not None:
+        depths = tokens.columns - batch["attention_mask"].argmax(-1)[tokens.rows]
+        kwargs = tree_inputs(packed, lm)
+        at = (packed.sequences[tokens.rows], packed.places[tokens.rows, depths - 1], packed.places[tokens.rows, depths])
+    else:
+        kwargs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if (batch["attention_mask"][:, 0] == 0).any() and _takes_position_ids(lm):
+            kwargs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        at = (tokens.rows, tokens.columns - 1, tokens.columns)
     if layers:
         kwargs["layers"] = tuple(layers)
-    return model(**kwargs, score=score, at=(tokens.rows, tokens.columns))
+    return model(**kwargs, score=score, at=at)
 
 
 def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
@@ -212,20 +203,16 @@ def check_scoring(model: nn.Module, tolerance: float = 1e-3) -> None:
     """
     lm = causal_lm(model)
     device = next(model.parameters()).device
+    row, column = torch.zeros(3, dtype=torch.long, device=device), torch.arange(3, device=device)
     ids = torch.arange(4, device=device)[None] + min(10, lm.config.get_text_config().vocab_size - 4)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-        where = (torch.zeros(3, dtype=torch.long, device=device), torch.arange(1, 4, device=device))
         got = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            at=where,
+            at=(row, column, column + 1),
             score=lambda hidden, head, layers: {"logits": head(hidden)},
         )["logits"]
-    finally:
-        model.train(training)
     if not expected.isfinite().all():
         raise ValueError("the model's logits are not finite; its weights are broken")
     difference = (at_least_float32(got) - at_least_float32(expected[0])).abs().max().item()

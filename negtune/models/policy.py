@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from negtune.models.forward import attach_scoring, causal_lm, check_scoring
+from negtune.models.forward import attach_scoring, check_scoring
+from negtune.models.sharing import PrefixSharing, set_prefix_sharing
+from negtune.models.structure import causal_lm
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_policy(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> nn.Module:
@@ -80,6 +85,15 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # transformers' attention holds a number
+            module.attention_dropout = 0.0
+
+
+def share_prefixes(model: nn.Module, mode: PrefixSharing) -> None:
+    """`set_prefix_sharing` on the model inside `model`; says once why `auto` keeps padded rows."""
+    reason = set_prefix_sharing(causal_lm(model), mode, check=not sharded_at_load())
+    if reason is not None:
+        logger.warning("prefix_sharing=auto keeps padded rows: %s", reason)
 
 
 def train_only(model: nn.Module, pattern: str) -> None:

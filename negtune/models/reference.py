@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from negtune.models.forward import (
     ScoredTokens,
     attach_scoring,
-    causal_lm,
     completion_hidden,
     completion_logps,
     head_of,
     scored_tokens,
 )
+from negtune.models.structure import causal_lm, eval_mode
 from negtune.ops import Head
 
 REFERENCE_ADAPTER = "negtune_reference"
@@ -279,19 +279,6 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
         for parameter, required in before:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules() if module.training]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, _ in modes:
-            module.training = True
 
 
 def _peft_model(model: nn.Module) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from negtune.models.sharing import TokenCounts
 from negtune.records import append_jsonl, read_jsonl, write_jsonl
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
@@ -28,6 +29,18 @@ class MetricSums:
         total = self._sums[name]
         total[0] += float(values.float().cpu().double().sum())
         total[1] += values.numel()
+
+    def add_ratio(self, name: str, part: float, whole: float) -> None:
+        """Make `name` the sum of all parts over the sum of all wholes."""
+        total = self._sums[name]
+        total[0] += part
+        total[1] += whole
+
+    def add_tokens(self, counts: TokenCounts) -> None:
+        """`tokens/shared`, the part of the rows' tokens that was not computed again, and `tokens/padding`, the part of
+        the processed tokens that was filler."""
+        self.add_ratio("tokens/shared", counts.rows - counts.distinct, counts.rows)
+        self.add_ratio("tokens/padding", counts.processed - counts.distinct, counts.processed)
 
     def add_quantiles(self, name: str, values: Tensor) -> None:
         """Keep `values` for the 10 %, 50 % and 90 % quantiles."""

@@ -34,9 +34,12 @@ from negtune.models.policy import (
     disable_dropout,
     is_peft,
     prepare_policy,
+    share_prefixes,
     train_only,
 )
 from negtune.models.reference import PolicyReference, Reference
+from negtune.models.sharing import take_counts
+from negtune.models.structure import causal_lm
 from negtune.ops import (
     LayerActivations,
     Needs,
@@ -129,6 +132,7 @@ class UnlearningTrainer(BaseTrainer):
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         if args.disable_dropout:
             disable_dropout(model)
+        share_prefixes(model, args.prefix_sharing)
         if args.gradient_checkpointing and is_peft(model):
             model.enable_input_require_grads()
         if args.n_gpu > 1:
@@ -354,6 +358,7 @@ class UnlearningTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last logging step, over all processes."""
         if "loss" in logs:
+            self._sums.add_tokens(take_counts(causal_lm(self.model)))
             logs.update(self._sums.flush())
         super().log(logs, start_time)
 

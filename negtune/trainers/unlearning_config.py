@@ -75,6 +75,13 @@ class UnlearningConfig(BaseConfig):
         default="truncate",
         metadata={"help": "Rows longer than max_length: cut the completion (no EOS then), drop, or refuse. Counted."},
     )
+    prefix_sharing: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Compute tokens that rows share (a question with its answer and its alternative) once, exactly. "
+            "auto: where it saves work and the model allows it; on: always, or an error; off: padded rows."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout probability to 0."})
     redact: bool = field(
         default=False, metadata={"help": "Keep the text of the data out of reports, cards, caches and dumps."}
@@ -141,6 +148,8 @@ class UnlearningConfig(BaseConfig):
             )
         if self.overlong not in ("truncate", "drop", "error"):
             raise ValueError(f"overlong must be truncate, drop or error, got {self.overlong!r}")
+        if self.prefix_sharing not in ("auto", "on", "off"):
+            raise ValueError(f"prefix_sharing must be auto, on or off, got {self.prefix_sharing!r}")
         if self.reference not in ("auto", "adapter", "cached", "copy"):
             raise ValueError(f"reference must be auto, adapter, cached or copy, got {self.reference!r}")
         for name in ("forget_weight", "retain_weight"):

@@ -21,7 +21,6 @@ from transformers import (
 from negtune.data.completions import collate
 from negtune.models.forward import (
     attach_scoring,
-    causal_lm,
     check_layer,
     check_scoring,
     completion_logps,
@@ -29,7 +28,8 @@ from negtune.models.forward import (
     run,
     scored_tokens,
 )
-from negtune.models.reference import AdapterReference, FrozenCopy, eval_mode, weights_hash
+from negtune.models.reference import AdapterReference, FrozenCopy, weights_hash
+from negtune.models.structure import causal_lm, eval_mode
 from negtune.models.tiny import tiny_lm
 
 ROWS = [

@@ -81,7 +81,8 @@ def test_two_processes_train_like_one(launch, loss_type, lora):
     assert (one["world"], two["world"]) == (1, 2)
     for a, b in zip(one["history"], two["history"], strict=True):
         for name in ("loss", "forget/logp", "retain/logp", LOGGED[loss_type]):
-            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-8), name
+            # Packed as trees or padded, the order of sums differs, and RMSNorm is float32 in a float64 model.
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), name
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
     for name in ("eval_forget/probability", "eval_retain/probability"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name

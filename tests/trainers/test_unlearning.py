@@ -169,7 +169,7 @@ def test_micro_batches_change_nothing(unlearn, knowing_folder, loss_type, micro,
     )
     torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-6, atol=1e-6)
     for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)  # RMSNorm is float32 in a float64 model
 
 
 def test_the_step_loss_is_the_formula(unlearn, knowing_folder, forget_rows, retain_rows):

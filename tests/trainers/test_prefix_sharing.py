@@ -1,0 +1,58 @@
+"""Shared prefixes in training: same losses and weights, fewer tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from negtune.models.structure import causal_lm
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+
+
+def load(folder: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+SHARED_PREFIX_SETTINGS = {
+    "alternatives": {"loss_type": "idk_dpo", "reference": "copy"},
+    "adapter off, checkpointing": {"loss_type": "idk_dpo", "lora": True, "gradient_checkpointing": True},
+    "cached": {"loss_type": "idk_dpo", "reference": "cached"},
+    "whole distributions": {"loss_type": "undial", "retain_loss_type": "kl", "reference": "copy"},
+    "activations": {
+        **{"loss_type": "rmu", "loss_kwargs": {"layer": 1, "steering": 5.0}, "reference": "copy"},
+        **{"retain_loss_type": "activation_mse", "retain_loss_kwargs": {"layer": 1}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHARED_PREFIX_SETTINGS)
+def test_sharing_prefixes_changes_nothing_but_the_number_of_tokens(unlearn, knowing_folder, name):
+    settings = {"optim": "sgd", "max_steps": 3, "learning_rate": 0.05, "per_device_train_batch_size": 2}
+    settings |= SHARED_PREFIX_SETTINGS[name]
+    lora = {"peft_config": LORA} if settings.pop("lora", False) else {}
+    runs = {
+        mode: unlearn(load(knowing_folder), prefix_sharing=mode, trainer_kwargs=lora, **settings)
+        for mode in ("on", "off")
+    }
+    torch.testing.assert_close(losses(runs["on"]), losses(runs["off"]), rtol=1e-6, atol=1e-6)
+    for a, b in zip(runs["on"].model.parameters(), runs["off"].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    first = {mode: run.state.log_history[0] for mode, run in runs.items()}
+    assert first["off"]["tokens/shared"] == 0
+    assert first["off"]["tokens/padding"] > 0
+    assert first["on"]["tokens/shared"] > 0.1
+
+
+def test_dropout_refuses_sharing_only_where_it_was_demanded(unlearn, knowing_folder):
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    settings = {"trainer_kwargs": {"peft_config": lora}, "disable_dropout": False, "train": False}
+    with pytest.raises(ValueError, match="disable_dropout=True"):
+        unlearn(prefix_sharing="on", **settings)
+    assert causal_lm(unlearn(prefix_sharing="auto", **settings).model)._prefix_sharing.mode == "off"

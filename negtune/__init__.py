@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from negtune.ops import SequenceLogps as SequenceLogps
+    from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
+    from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
     from negtune.trainers.unlearning import UnlearningTrainer as UnlearningTrainer
 
@@ -17,10 +19,19 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SequenceLogps": "negtune.ops",
+    "PreferenceConfig": "negtune.trainers.preference",
+    "PreferenceTrainer": "negtune.trainers.preference",
     "UnlearningConfig": "negtune.trainers.unlearning",
     "UnlearningTrainer": "negtune.trainers.unlearning",
 }
-__all__ = ["SequenceLogps", "UnlearningConfig", "UnlearningTrainer", "__version__"]
+__all__ = [
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "SequenceLogps",
+    "UnlearningConfig",
+    "UnlearningTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

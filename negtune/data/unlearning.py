@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from negtune.data.completions import RowError, content_key, tokenize_row
+from negtune.data.mapping import Overlong, map_rows, room, tokenizer_digest
 from negtune.data.pairing import ForgetRetainDataset, ForgetRetainStream
 
 logger = logging.getLogger(__name__)
 
-Overlong = Literal["truncate", "drop", "error"]
 _FORMAT = 3  # of the tokenised rows: caches of another one are not read
 
 
@@ -97,10 +95,10 @@ def tokenize_side(
         stream = data.map(convert, with_indices=True, remove_columns=columns)
         return stream.filter(lambda row: not row["dropped"])
     if isinstance(data, datasets.Dataset):
-        rows = _map(
+        rows = map_rows(
             data,
             convert,
-            [_FORMAT, _tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives],
+            [_FORMAT, tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives],
             in_memory,
         )
     else:
@@ -131,27 +129,6 @@ def check_disjoint(forget: Iterable[Mapping[str, Any]], retain: Iterable[Mapping
             )
 
 
-def _map(data: Any, convert: Callable[..., Any], settings: list[Any], in_memory: bool) -> Any:
-    """`data.map`, its cache named by content: left alone, `datasets` pickles the function and all that it reaches."""
-    name = hashlib.sha256(repr([data._fingerprint, *settings]).encode()).hexdigest()[:16]
-    return data.map(
-        convert,
-        with_indices=True,
-        remove_columns=data.column_names,
-        new_fingerprint=name,
-        keep_in_memory=in_memory,
-        load_from_cache_file=not in_memory,
-        desc="Tokenizing",
-    )
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    """Everything that decides token ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{content}|{tokenizer.chat_template}|{tokenizer.eos_token_id}".encode()).hexdigest()
-
-
 def _convert(
     row: Mapping[str, Any],
     index: int,
@@ -175,7 +152,7 @@ def _convert(
             tokenize_row({"prompt": row["prompt"], "completion": text}, tokenizer, max_length=None)
             for text in (_alternatives(row) if with_alternatives and not dropped else [])
         ]
-        fitting = [a for a in alternatives if len(a["completion_ids"]) <= _room(a, max_length)]
+        fitting = [a for a in alternatives if len(a["completion_ids"]) <= room(a, max_length)]
         if overlong == "error" and len(fitting) < len(alternatives):
             raise RowError(f"an alternative makes it longer than max_length={max_length}; raise it or set overlong")
     except RowError as error:
@@ -186,7 +163,7 @@ def _convert(
             "alternative with a string or a list of strings (for instance a refusal)"
         )
     kept = [
-        {"prompt_ids": a["prompt_ids"], "completion_ids": a["completion_ids"][: _room(a, max_length)]}
+        {"prompt_ids": a["prompt_ids"], "completion_ids": a["completion_ids"][: room(a, max_length)]}
         for a in (fitting if overlong == "drop" else alternatives)
     ]
     return {
@@ -196,11 +173,6 @@ def _convert(
         "dropped": dropped or (bool(alternatives) and not kept),
         "row": index,
     }
-
-
-def _room(row: Mapping[str, Any], max_length: int | None) -> int:
-    """Completion tokens that fit behind this prompt."""
-    return sys.maxsize if max_length is None else max_length - len(row["prompt_ids"])
 
 
 def _alternatives(row: Mapping[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from negtune.models.load import load_model
 from negtune.records import read_json, write_json
-from negtune.trainers.unlearning_config import trains_on_cpu
+from negtune.trainers.config import trains_on_cpu
 
 logger = logging.getLogger(__name__)
 

@@ -89,10 +89,19 @@ class HistoryCallback(TrainerCallback):
         append_jsonl(self.path, [{"step": state.global_step, **row}])
 
 
-class ProgressTable(TrainerCallback):
-    """One line per logging step: how far the forget side has fallen, how hard it is pushed, what it costs."""
+Columns = tuple[tuple[str, str, str], ...]
+"""Metric, title, and how to write its value."""
 
-    COLUMNS = (
+
+class ProgressTable(TrainerCallback):
+    """One line per logging step, and one per evaluation.
+
+    Args:
+        columns: of the line; those whose metric is not logged are left out.
+        evaluated: metrics of the line per evaluation.
+    """
+
+    UNLEARNING: Columns = (
         ("step", "step", "{:d}"),
         ("loss", "loss", "{:.3f}"),
         ("forget/logp", "forget logp/tok", "{:.2f}"),
@@ -106,9 +115,17 @@ class ProgressTable(TrainerCallback):
         ("grad_norm", "grad norm", "{:.2f}"),
     )
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        columns: Columns = UNLEARNING,
+        evaluated: tuple[str, ...] = (
+            *("forget/probability", "retain/probability", "forget_quality", "model_utility"),
+            "separation",
+        ),
+    ) -> None:
         from rich.console import Console
 
+        self.columns, self.evaluated = columns, evaluated
         self.console = Console(highlight=False, soft_wrap=True)
         self.shown: tuple[str, ...] = ()
 
@@ -121,7 +138,7 @@ class ProgressTable(TrainerCallback):
             self._evaluation(logs, state.global_step)
 
     def _row(self, logs: dict[str, Any], max_steps: int) -> None:
-        columns = [c for c in self.COLUMNS if c[0] in logs]
+        columns = [c for c in self.columns if c[0] in logs]
         if self.shown != tuple(c[0] for c in columns):
             self.shown = tuple(c[0] for c in columns)
             self.console.print("[bold]" + "  ".join(f"{title:>{_width(title)}}" for _, title, _ in columns) + "[/bold]")
@@ -129,8 +146,7 @@ class ProgressTable(TrainerCallback):
         self.console.print("  ".join(cells) + f"  of {max_steps}")
 
     def _evaluation(self, logs: dict[str, float], step: int) -> None:
-        shown = ("forget/probability", "retain/probability", "forget_quality", "model_utility", "separation")
-        parts = [f"{name} {logs['eval_' + name]:.3g}" for name in shown if f"eval_{name}" in logs]
+        parts = [f"{name} {logs['eval_' + name]:.3g}" for name in self.evaluated if f"eval_{name}" in logs]
         self.console.print(f"[cyan]evaluation at step {step}:[/cyan] " + ", ".join(parts))
 
 

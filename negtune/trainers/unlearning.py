@@ -7,7 +7,6 @@ processes, so accumulation and the number of processes change nothing. The host 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._trl_compat import BaseTrainer
@@ -28,15 +27,6 @@ from negtune.eval.unlearning import check_sets, evaluate
 from negtune.losses.unlearning import RETAIN_LOSSES, npo_weight
 from negtune.models.forward import check_layer, run, scored_tokens
 from negtune.models.head import LogitsHead
-from negtune.models.policy import (
-    check_output_folder,
-    checkpoint_bytes,
-    disable_dropout,
-    is_peft,
-    prepare_policy,
-    share_prefixes,
-    train_only,
-)
 from negtune.models.reference import PolicyReference, Reference
 from negtune.models.sharing import take_counts
 from negtune.models.structure import causal_lm
@@ -50,15 +40,13 @@ from negtune.ops import (
     tiled_token_values,
     token_logps,
 )
-from negtune.records import write_json
 from negtune.trainers.card import write_unlearning_card
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
+from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
+from negtune.trainers.steps import NonFiniteLossError as NonFiniteLossError
+from negtune.trainers.steps import stop_if_not_finite, tell_step_totals
 from negtune.trainers.unlearning_config import UnlearningConfig
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the file with the rows of that batch."""
 
 
 class UnlearningTrainer(BaseTrainer):
@@ -107,9 +95,7 @@ class UnlearningTrainer(BaseTrainer):
         self.retain_loss = retain_loss or args.retain_objective()
         self.forget_needs = needs_of(self.forget_loss)
         self.retain_needs = needs_of(self.retain_loss) if self.retain_loss else Needs()
-        if processing_class is None:
-            name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
-            processing_class = AutoTokenizer.from_pretrained(name)
+        processing_class = processing_class or tokenizer_of(model)
         datasets = prepare_sides(
             train_dataset,
             processing_class,
@@ -121,25 +107,11 @@ class UnlearningTrainer(BaseTrainer):
             seed=_data_seed(args),
             in_memory=args.redact,
         )
-        set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
-        arrived_with_adapter = not isinstance(model, str | os.PathLike) and is_peft(model)
-        model = prepare_policy(model, peft_config, args.model_init_kwargs)
-        if args.trainable is not None:
-            train_only(model, args.trainable)
+        arrived_with_adapter = arrives_with_adapter(model)
+        model = set_up_policy(model, args, peft_config)
         self.layers = self._checked_layers(model)
         if args.ddp_find_unused_parameters is None:  # nothing above RMU's layer gets a gradient
             args.ddp_find_unused_parameters = bool(self.layers)
-        check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
-        if args.disable_dropout:
-            disable_dropout(model)
-        share_prefixes(model, args.prefix_sharing)
-        if args.gradient_checkpointing and is_peft(model):
-            model.enable_input_require_grads()
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would split each batch between them; start with "
-                "accelerate launch --config_file accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0"
-            )
         if isinstance(datasets, ForgetRetainStream) and args.dataloader_num_workers > 0:
             raise ValueError("streams are read in the training process; set dataloader_num_workers to 0")
         if eval_dataset is not None and not isinstance(eval_dataset, Mapping):
@@ -202,11 +174,8 @@ class UnlearningTrainer(BaseTrainer):
         """All micro-batches of one optimiser step, each told the row and token counts of the whole step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            counts = self.accelerator.reduce(sum(side_counts(b) for b in batches).to(self.args.device), "sum").tolist()
-            share = len(batches) * self.accelerator.num_processes
             z0 = self._z0(batches) if "z0" in self.forget_needs.sides else None
-            for batch in batches:
-                batch["step"] = {"counts": counts, "share": share, "z0": z0}
+            tell_step_totals(self, batches, side_counts, z0=z0)
         return batches, items
 
     @torch.no_grad()
@@ -241,7 +210,8 @@ class UnlearningTrainer(BaseTrainer):
             retain = outputs.get("retain_value")
             retain = self.retain_loss(sequences["retain"]) if retain is None else retain
             loss = loss + self.args.retain_weight * _reduce(retain, "retain", step)
-        self._stop_if_not_finite(loss, inputs)
+        rows = inputs["rows"].tolist()
+        stop_if_not_finite(self, loss, inputs, {side: rows[at] for side, at in side_slices(inputs["sides"]).items()})
         self._record(sequences, outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -305,24 +275,6 @@ class UnlearningTrainer(BaseTrainer):
             return False
         every = max(1, int(self.state.logging_steps or 1)) if self.is_in_train else 1
         return (self.state.global_step + 1) % every == 0
-
-    def _stop_if_not_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if torch.isfinite(loss):
-            return
-        path = Path(self.args.output_dir) / f"nonfinite_step{self.state.global_step}_rank{self.args.process_index}.json"
-        rows = inputs["rows"].tolist()
-        dump: dict[str, Any] = {
-            "step": self.state.global_step,
-            "loss": str(loss.item()),
-            "rows": {side: rows[where] for side, where in side_slices(inputs["sides"]).items()},
-        }
-        if not self.args.redact:
-            dump["texts"] = self.processing_class.batch_decode(inputs["input_ids"])
-        write_json(path, dump)
-        raise NonFiniteLossError(
-            f"the loss is {loss.item()} at step {self.state.global_step}; the rows of this batch are in {path}. Lower "
-            "the learning rate, or use a bounded objective (npo, simnpo) in place of an unbounded one (grad_ascent)"
-        )
 
     def _rows_to_cache(self) -> Iterator[Mapping[str, Any]]:
         """Every row whose reference log-probabilities an objective may ask for."""

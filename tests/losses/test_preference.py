@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from negtune.losses.preference import dpo
+from negtune.losses.preference import dpo, ipo, ipo_mean
 from negtune.ops import MissingReferenceError, SequenceLogps
 
 
@@ -60,3 +60,52 @@ def test_nothing_behind_the_mask_reaches_value_or_gradient(nonsense):
 def test_without_a_reference_the_error_says_what_to_pass():
     with pytest.raises(MissingReferenceError, match="pass reference="):
         dpo(sequence([[-1.0]]), sequence([[-1.0]]))
+
+
+def test_ipo_of_one_pair_by_hand():
+    # r = 1 and -.5 as above: margin 1.5; tau .25 asks for 2: (1.5 - 2)^2
+    chosen, rejected = sequence([[-1.0, -2.0]], [[-2.0, -2.0]]), sequence([[-2.0]], [[-1.5]])
+    assert_close(ipo(chosen, rejected, beta=0.25), torch.tensor([0.25], dtype=torch.float64))
+    # per token: 1/2 and -.5, margin 1: (1 - 2)^2
+    assert_close(ipo_mean(chosen, rejected, beta=0.25), torch.tensor([1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("objective", [ipo, ipo_mean])
+def test_ipo_pulls_the_margin_back_once_it_is_wide_enough(objective):
+    for start, sign in ((-1.0, 1), (-9.0, -1)):  # one token each, so both forms agree
+        rejected_logps = torch.tensor([[start]], dtype=torch.float64, requires_grad=True)
+        loss = objective(sequence([[-1.0]], [[-1.0]]), sequence(rejected_logps, [[-1.0]]), beta=0.1)
+        loss.sum().backward()
+        assert torch.sign(rejected_logps.grad).item() == sign
+
+
+def test_ipo_in_a_table_of_two_answers_ends_at_one_over_two_tau_whatever_the_repetition():
+    for repeats in (1, 5):
+        logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
+
+        def closure(logits=logits, optimizer=optimizer, repeats=repeats):
+            optimizer.zero_grad()
+            logps = logits.log_softmax(-1)
+            half = torch.full((repeats, 1), math.log(0.5), dtype=torch.float64)
+            chosen = sequence(logps[0].expand(repeats, 1), half)
+            loss = ipo(chosen, sequence(logps[1].expand(repeats, 1), half), beta=0.2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert (logits[0] - logits[1]).item() == pytest.approx(1 / (2 * 0.2), abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", [ipo, ipo_mean])
+@pytest.mark.parametrize("nonsense", [math.nan, 99.0, -99.0])
+def test_nothing_behind_the_mask_reaches_ipo(objective, nonsense):
+    mask = torch.tensor([[True, True, False]])
+    logps = torch.tensor([[-1.0, -2.0, nonsense]], dtype=torch.float64, requires_grad=True)
+    rejected = SequenceLogps(logps, mask, torch.tensor([[-1.5, -1.0, nonsense]], dtype=torch.float64))
+    chosen = sequence([[-1.0]], [[-1.2]])
+    loss = objective(chosen, rejected)
+    loss.sum().backward()
+    assert_close(loss, objective(chosen, sequence([[-1.0, -2.0]], [[-1.5, -1.0]])), rtol=0, atol=0)
+    assert logps.grad[0, 2] == 0
+    assert torch.isfinite(logps.grad).all()

@@ -1,0 +1,125 @@
+"""Preference pairs: any accepted input to tokenised rows, and batches of chosen above rejected answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negtune.data.completions import RowError, collate, tokenize_row
+from negtune.data.mapping import Overlong, map_rows, room, tokenizer_digest
+
+logger = logging.getLogger(__name__)
+
+PAIR = ("chosen", "rejected")
+_FORMAT = 1  # of the tokenised rows: caches of another one are not read
+
+
+def tokenize_pairs(
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    overlong: Overlong,
+    name: str = "preference",
+    in_memory: bool = False,
+) -> Any:
+    """Tokenise preference pairs.
+
+    Args:
+        data: `datasets.Dataset`, `datasets.IterableDataset`, or an iterable of rows (held in memory) with `prompt`,
+            `chosen` and `rejected`, text or chat messages; without `prompt`, what both answers begin with is the prompt
+            (TRL's implicit prompt).
+        tokenizer: see `tokenize_row`.
+        max_length: prompt plus the longer answer.
+        overlong: what to do where that is exceeded: cut the answers, drop the pair, or refuse. Counted and logged,
+            except in a stream. A prompt that leaves no room for an answer is dropped under `truncate` too.
+        name: of the data set, for messages.
+        in_memory: keep the tokenised rows out of the Arrow cache on disk (private data).
+
+    Returns:
+        The same kind of data set with `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`. Pairs whose answers have the
+        same tokens, also after cutting, are left out and counted: they say nothing.
+
+    Raises:
+        RowError: naming the row and the way out. For a stream, when the row is reached.
+    """
+    import datasets
+
+    def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return {**_convert(row, tokenizer, max_length, overlong), "row": index}
+        except RowError as error:
+            raise RowError(f"{name} row {index}: {error}") from None
+
+    if isinstance(data, datasets.IterableDataset):
+        columns = list(data.column_names or next(iter(data)))
+        stream = data.map(convert, with_indices=True, remove_columns=columns)
+        return stream.filter(lambda row: not row["dropped"] and not row["tied"])
+    if isinstance(data, datasets.Dataset):
+        settings = ["pairs", _FORMAT, tokenizer_digest(tokenizer), name, max_length, overlong]
+        rows = map_rows(data, convert, settings, in_memory)
+    else:
+        rows = datasets.Dataset.from_list([convert(row, index) for index, row in enumerate(data)])
+    if len(rows) == 0:
+        raise RowError(f"the {name} set is empty; it needs at least one pair")
+    dropped, cut, tied = (sum(rows[column]) for column in ("dropped", "truncated", "tied"))
+    if dropped or cut:
+        logger.warning("%s: %d pairs longer than max_length=%s cut, %d dropped", name, cut, max_length, dropped)
+    if tied:
+        logger.warning("%s: %d pairs with two equal answers left out", name, tied)
+    kept = [i for i, (gone, equal) in enumerate(zip(rows["dropped"], rows["tied"], strict=True)) if not gone | equal]
+    if not kept:
+        raise RowError(f"no {name} pair is left: {dropped} are longer than max_length={max_length}, {tied} are ties")
+    return rows.select(kept) if len(kept) < len(rows) else rows
+
+
+def collate_pairs(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """One batch of `2 B` rows: the chosen answers, then the rejected ones, for a single forward pass.
+
+    Returns:
+        `collate`'s tensors, and `rows` `[B]` (row numbers in the data set).
+    """
+    batch = collate([answer(item, side) for side in PAIR for item in items], pad_token_id)
+    return {**batch, "rows": torch.tensor([item.get("row", -1) for item in items])}
+
+
+def answer(row: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """One side of a tokenised pair as a prompt/completion row."""
+    return {"prompt_ids": row["prompt_ids"], "completion_ids": row[f"{side}_ids"]}
+
+
+def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, overlong: Overlong) -> dict[str, Any]:
+    pair = {side: tokenize_row(_side(row, side), tokenizer) for side in PAIR}
+    prompt_ids = pair["chosen"]["prompt_ids"]
+    if pair["rejected"]["prompt_ids"] != prompt_ids:
+        raise RowError("chosen and rejected have different prompts; a pair compares two answers to one prompt")
+    space = room(pair["chosen"], max_length)
+    answers = {side: pair[side]["completion_ids"] for side in PAIR}
+    too_long = max(map(len, answers.values())) > space
+    if too_long and overlong == "error":
+        length = len(prompt_ids) + max(map(len, answers.values()))
+        raise RowError(f"{length} tokens are more than max_length={max_length}; raise it or set overlong")
+    dropped = too_long and (overlong == "drop" or space <= 0)
+    cut = {f"{side}_ids": ids if dropped else ids[:space] for side, ids in answers.items()}
+    tied = not dropped and cut["chosen_ids"] == cut["rejected_ids"]
+    return {"prompt_ids": prompt_ids, **cut, "dropped": dropped, "truncated": too_long and not dropped, "tied": tied}
+
+
+def _side(row: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """Prompt and one answer of a pair, the implicit prompt made explicit."""
+    missing = [name for name in PAIR if row.get(name) is None]
+    if missing:
+        raise RowError(
+            f"column {missing[0]!r} is missing; a pair needs chosen and rejected, this one has {sorted(row)}"
+        )
+    if row.get("prompt") is None:
+        from trl import extract_prompt
+
+        row = extract_prompt({name: row[name] for name in PAIR})
+        if not row["prompt"]:
+            raise RowError("chosen and rejected share no beginning that could be the prompt; add the column prompt")
+    return {"prompt": row["prompt"], "completion": row[side]}

@@ -1,0 +1,237 @@
+"""Preference tuning: the better of two answers up over the worse one, both in one forward pass.
+
+Shapes: B pairs; a batch has 2 B rows, the chosen answers first. An objective returns `[B]` and is averaged over the
+pairs of the optimiser step, over all micro-batches and processes; the host divides by accumulation steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from negtune._trl_compat import BaseTrainer
+from negtune.data.completions import padding_id
+from negtune.data.preference import PAIR, answer, collate_pairs, tokenize_pairs
+from negtune.losses.preference import PREFERENCE_LOSSES
+from negtune.models.forward import completion_logps, scored_tokens
+from negtune.models.reference import Reference
+from negtune.models.sharing import take_counts
+from negtune.models.structure import causal_lm
+from negtune.ops import SequenceLogps, needs_of
+from negtune.trainers.config import PolicyConfig, bind_objective
+from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
+from negtune.trainers.references import LogpCache, choose_reference
+from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
+from negtune.trainers.steps import stop_if_not_finite, tell_step_totals
+
+PROGRESS = (
+    ("step", "step", "{:d}"),
+    ("loss", "loss", "{:.4f}"),
+    ("chosen/logp", "chosen logp/tok", "{:.3f}"),
+    ("rejected/logp", "rejected logp/tok", "{:.3f}"),
+    ("chosen/log_ratio", "chosen ratio", "{:+.3f}"),
+    ("rejected/log_ratio", "rejected ratio", "{:+.3f}"),
+    ("margin", "margin", "{:+.3f}"),
+    ("accuracy", "accuracy", "{:.2f}"),
+    ("grad_norm", "grad norm", "{:.2f}"),
+)
+
+
+@dataclass
+class PreferenceConfig(PolicyConfig):
+    """`PolicyConfig`, plus how pairs are compared. `per_device_train_batch_size` counts *pairs*."""
+
+    loss_type: str = field(
+        default="dpo", metadata={"help": "Objective: one of negtune.losses.preference.PREFERENCE_LOSSES."}
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "beta of the objective; its own default if not given. Must be positive."}
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further hyper-parameters of the objective."}
+    )
+
+    _VALID_DICT_FIELDS = [*PolicyConfig._VALID_DICT_FIELDS, "loss_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective()
+
+    def objective(self) -> Any:
+        """The objective with its hyper-parameters bound."""
+        given = {} if self.beta is None else {"beta": self.beta}
+        return bind_objective(PREFERENCE_LOSSES, self.loss_type, {**(self.loss_kwargs or {}), **given}, "loss_type")
+
+
+class PreferenceTrainer(BaseTrainer):
+    """Fine-tune a causal LM on pairs of a better and a worse answer.
+
+    Args:
+        model: hub id, path, transformers causal LM, or `PeftModel`. A `PeftModel` is taken as the fine-tuned state:
+            its adapter goes on training and a frozen twin of it is the reference.
+        args: settings; `loss_type` names the objective.
+        train_dataset: pairs in TRL's preference format (`prompt`, `chosen`, `rejected`; text or chat; implicit prompts
+            too), as `datasets.Dataset`, `datasets.IterableDataset` (then set `max_steps`) or a list.
+        eval_dataset: pairs; `evaluate` gives `eval_loss`, `eval_accuracy`, `eval_margin` and each side's own numbers.
+        processing_class: tokenizer; loaded with the model if the model is a name.
+        peft_config: adapter to add; the base weights are then the reference.
+        reference: `Reference` or model to compare with instead of what `args.reference` says.
+        objective: `(chosen, rejected) -> [B]`, to use instead of the named one.
+        callbacks, optimizers: as in transformers.
+
+    Raises:
+        ValueError, RowError, OSError: at construction, for anything that would fail or be wrong later.
+    """
+
+    loss_is_scaled_for_ga = False
+    _tag_names = ["negtune", "preference"]
+    _name = "Preference"
+    _paper = {
+        "title": "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "id": "2305.18290",
+    }
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: PreferenceConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        reference: Reference | nn.Module | None = None,
+        objective: Callable[..., Tensor] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or PreferenceConfig()
+        self.objective = objective or args.objective()
+        needs = needs_of(self.objective)
+        if not needs.logps_suffice or needs.sides != set(PAIR):
+            raise ValueError("objective must take chosen and rejected, both SequenceLogps, and nothing else")
+        processing_class = processing_class or tokenizer_of(model)
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: pass pairs with prompt, chosen and rejected")
+        convert = partial(
+            tokenize_pairs,
+            tokenizer=processing_class,
+            max_length=args.max_length,
+            overlong=args.overlong,
+            in_memory=args.redact,
+        )
+        train = convert(train_dataset, name="train")
+        evaluated = None if eval_dataset is None else convert(eval_dataset, name="eval")
+        arrived_with_adapter = arrives_with_adapter(model)
+        model = set_up_policy(model, args, peft_config)
+        self._sums, self._eval_sums = MetricSums(), MetricSums()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=partial(collate_pairs, pad_token_id=padding_id(processing_class)),
+            train_dataset=train,
+            eval_dataset=evaluated,
+            processing_class=processing_class,
+            callbacks=[HistoryCallback(args.output_dir), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressTable(PROGRESS, ("loss", "accuracy", "margin")))
+        cache = LogpCache(
+            folder=Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache"),
+            rows=self._rows_to_cache,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=padding_id(processing_class),
+            accelerator=self.accelerator,
+        )
+        known_beforehand = all(rows is None or hasattr(rows, "__len__") for rows in (train, evaluated))
+        with self.accelerator.autocast():
+            self.reference = choose_reference(
+                args.reference,
+                self.model,
+                [needs],
+                arrived_with_adapter=arrived_with_adapter,
+                cache=cache if known_beforehand else None,
+                given=reference,
+            )
+
+    def _rows_to_cache(self) -> Iterator[Mapping[str, Any]]:
+        for rows in (self.train_dataset, self.eval_dataset):
+            for row in rows or ():
+                yield from (answer(row, side) for side in PAIR)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """All micro-batches of one optimiser step, each told the number of pairs of the whole step."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            tell_step_totals(self, batches, lambda batch: torch.tensor(len(batch["rows"])))
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of the objective over the pairs of the optimiser step."""
+        step = inputs.get("step") or {"counts": len(inputs["rows"]), "share": 1}
+        pair = self._pair(model, inputs)
+        values = self.objective(**pair)
+        loss = values.sum() / step["counts"] * step["share"]
+        stop_if_not_finite(self, loss, inputs, {"pairs": inputs["rows"].tolist()})
+        self._record(pair, self._sums if model.training else self._eval_sums)
+        return (loss, {"values": values}) if return_outputs else loss
+
+    def _pair(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, SequenceLogps]:
+        ref_logps = None
+        if self.reference is not None:
+            with self.accelerator.autocast():  # a frozen copy is not wrapped by the host
+                ref_logps = self.reference.logps(model, inputs)
+        logps, mask, pairs = completion_logps(model, inputs), scored_tokens(inputs).mask, len(inputs["rows"])
+        sides = {"chosen": slice(0, pairs), "rejected": slice(pairs, 2 * pairs)}
+        return {
+            side: SequenceLogps(logps[rows], mask[rows], None if ref_logps is None else ref_logps[rows])
+            for side, rows in sides.items()
+        }
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    @torch.no_grad()
+    def _record(self, pair: Mapping[str, SequenceLogps], sums: MetricSums) -> None:
+        """Each side apart: a margin can grow while both answers become less likely."""
+        for side, sequence in pair.items():
+            sums.add(f"{side}/logp", sequence.means)
+            if sequence.ref_logps is not None:
+                sums.add(f"{side}/log_ratio", sequence.log_ratio)
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        margin = chosen.sums - rejected.sums if chosen.ref_logps is None else chosen.log_ratio - rejected.log_ratio
+        sums.add("margin", margin)
+        sums.add("accuracy", (margin > 0).float())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last logging step or during the evaluation, over all processes."""
+        if "loss" in logs:
+            self._sums.add_tokens(take_counts(causal_lm(self.model)))
+            logs.update(self._sums.flush())
+        evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
+        if evaluated is not None:
+            prefix = evaluated.removesuffix("loss")
+            logs.update({f"{prefix}{name}": value for name, value in self._eval_sums.flush().items()})
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self.create_model_card()
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""

@@ -1,0 +1,59 @@
+"""What an optimiser step needs to know about all of its micro-batches, and when it has to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negtune.records import write_json
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite; the message names the file with the rows of that batch."""
+
+
+def tell_step_totals(
+    trainer: Any, batches: Sequence[dict[str, Any]], count: Callable[[Mapping[str, Any]], Tensor], **more: Any
+) -> None:
+    """Tell each micro-batch of one optimiser step what all of them hold, over all processes.
+
+    A mean over the step is then `sum / total * share`: the host divides by the micro-batches of each process and
+    averages over processes, so `share` takes both out again.
+
+    Args:
+        trainer: asks all processes; every one must call.
+        batches: each gets `step`: `counts` (nested list), `share`, and `more`.
+        count: of one batch, what is to be totalled.
+    """
+    total = torch.stack([count(batch) for batch in batches]).sum(0).to(trainer.args.device)
+    counts = trainer.accelerator.reduce(total, "sum").tolist()
+    share = len(batches) * trainer.accelerator.num_processes
+    for batch in batches:
+        batch["step"] = {"counts": counts, "share": share, **more}
+
+
+def stop_if_not_finite(trainer: Any, loss: Tensor, inputs: Mapping[str, Any], rows: Mapping[str, list[int]]) -> None:
+    """Raise `NonFiniteLossError`, the rows of the batch written to disk, unless `loss` is a number.
+
+    Args:
+        trainer: for its folder, step and tokenizer.
+        loss: of the batch.
+        inputs: the batch; its texts are written too, unless `redact`.
+        rows: row numbers in the data set, by side.
+    """
+    if torch.isfinite(loss):
+        return
+    args, step = trainer.args, trainer.state.global_step
+    path = Path(args.output_dir) / f"nonfinite_step{step}_rank{args.process_index}.json"
+    dump: dict[str, Any] = {"step": step, "loss": str(loss.item()), "rows": dict(rows)}
+    if not args.redact:
+        dump["texts"] = trainer.processing_class.batch_decode(inputs["input_ids"])
+    write_json(path, dump)
+    raise NonFiniteLossError(
+        f"the loss is {loss.item()} at step {step}; the rows of this batch are in {path}. Lower the learning rate, or "
+        "use a bounded objective (npo, simnpo) in place of an unbounded one (grad_ascent)"
+    )

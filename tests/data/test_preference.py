@@ -1,0 +1,79 @@
+"""Pairs to tokens: boundaries, ties, lengths, implicit prompts."""
+
+import logging
+
+import pytest
+
+from negtune.data.completions import RowError
+from negtune.data.preference import collate_pairs, tokenize_pairs
+from negtune.models.tiny import tiny_tokenizer
+
+PAIR = {"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome, of course."}
+
+
+def tokenize(rows, max_length=None, overlong="truncate"):
+    return tokenize_pairs(rows, tiny_tokenizer(), max_length=max_length, overlong=overlong)
+
+
+def test_both_answers_end_with_eos_and_share_their_prompt():
+    tokenizer = tiny_tokenizer()
+    row = tokenize([PAIR])[0]
+    assert row["prompt_ids"] == tokenizer(PAIR["prompt"])["input_ids"]
+    for side in ("chosen", "rejected"):
+        assert tokenizer.decode(row[f"{side}_ids"]).startswith(PAIR[side])
+        assert row[f"{side}_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_an_implicit_prompt_is_what_both_chats_begin_with():
+    explicit = {
+        "prompt": [{"role": "user", "content": "Capital of France?"}],
+        "chosen": [{"role": "assistant", "content": "Paris"}],
+        "rejected": [{"role": "assistant", "content": "Rome"}],
+    }
+    implicit = {side: explicit["prompt"] + explicit[side] for side in ("chosen", "rejected")}
+    assert tokenize([implicit])[0] == tokenize([explicit])[0]
+
+
+def test_answers_without_a_common_beginning_need_a_prompt():
+    with pytest.raises(RowError, match="preference row 0: chosen and rejected share no beginning"):
+        tokenize([{"chosen": "Paris", "rejected": "Rome"}])
+
+
+def test_ties_are_left_out_and_counted(caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = tokenize([PAIR, {**PAIR, "rejected": PAIR["chosen"]}])
+    assert rows["row"] == [0]
+    assert "1 pairs with two equal answers left out" in caplog.text
+    with pytest.raises(RowError, match="no preference pair is left: 0 are longer than max_length=None, 1 are ties"):
+        tokenize([{**PAIR, "rejected": PAIR["chosen"]}])
+
+
+def test_each_way_to_treat_long_pairs(caplog):
+    row = tokenize([PAIR])[0]
+    prompt, longer = len(row["prompt_ids"]), max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    limit = prompt + longer - 1
+    cut = tokenize([PAIR], limit)[0]
+    assert cut["rejected_ids"] == row["rejected_ids"][: longer - 1]
+    assert cut["chosen_ids"] == row["chosen_ids"]
+    with pytest.raises(RowError, match=f"preference row 0: {limit + 1} tokens are more than max_length={limit}"):
+        tokenize([PAIR], limit, "error")
+    with pytest.raises(RowError, match="1 are longer than"):
+        tokenize([PAIR], limit, "drop")
+    with caplog.at_level(logging.WARNING), pytest.raises(RowError, match="1 are longer than"):
+        tokenize([PAIR], prompt)
+    assert f"0 pairs longer than max_length={prompt} cut, 1 dropped" in caplog.text
+
+
+def test_cutting_that_makes_two_answers_equal_is_a_tie():
+    same_start = {**PAIR, "rejected": PAIR["chosen"] + " It is known to everyone."}
+    start = len(tokenize([PAIR])[0]["prompt_ids"]) + 1
+    with pytest.raises(RowError, match="1 are ties"):
+        tokenize([same_start], start)
+
+
+def test_a_batch_holds_all_chosen_answers_above_all_rejected_ones():
+    rows = tokenize([PAIR, {**PAIR, "chosen": " Lima."}])
+    batch = collate_pairs(list(rows), 0)
+    lengths = [len(row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
+    assert batch["completion_lengths"].tolist() == lengths
+    assert batch["rows"].tolist() == [0, 1]

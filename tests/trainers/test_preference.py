@@ -1,0 +1,193 @@
+"""PreferenceTrainer: direction, agreement with TRL, and what must change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from negtune import PreferenceConfig, PreferenceTrainer
+from negtune.data.completions import RowError
+from negtune.models.load import load_tokenizer
+from negtune.models.reference import AdapterReference, CachedReference, FrozenCopy
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+
+
+def load(folder: str, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def pairs(forget_rows, retain_rows) -> list[dict]:
+    """The model's own answer against another one; it knows the first, so that swapping them is a task."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": [{"role": "assistant", "content": "I do not know that" + "." * (i + 1)}],
+            "rejected": row["completion"],
+        }
+        for i, row in enumerate(forget_rows + retain_rows)
+    ]
+
+
+@pytest.fixture
+def prefer(tmp_path, knowing_folder, pairs):
+    """`prefer(model=..., train=True, data=..., ...)` -> trainer; every other keyword is a setting."""
+
+    def build(model=None, train=True, data=None, trainer_kwargs=None, resume=None, **settings):
+        defaults = {
+            **{"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 4, "max_steps": 8},
+            **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"},
+            **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 3},
+        }
+        trainer = PreferenceTrainer(
+            model=model if model is not None else knowing_folder,
+            args=PreferenceConfig(**{**defaults, **settings}),
+            train_dataset=data or pairs,
+            processing_class=load_tokenizer(knowing_folder),
+            **(trainer_kwargs or {}),
+        )
+        if train:
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return build
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "ipo_mean"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_chosen_rises_over_rejected(prefer, pairs, loss_type, adapter):
+    settings = {"loss_type": loss_type, "beta": 0.1, "max_steps": 20, "learning_rate": 3e-3 if adapter else 5e-4}
+    kwargs = {"eval_dataset": pairs, **({"peft_config": LORA} if adapter else {})}
+    trainer = prefer(trainer_kwargs=kwargs, train=False, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_margin"] == pytest.approx(0, abs=1e-4)
+    assert after["eval_margin"] > 1
+    assert after["eval_accuracy"] == 1
+    assert after["eval_chosen/log_ratio"] > 0 > after["eval_rejected/log_ratio"]
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_ipo_stops_at_its_margin_where_dpo_goes_on(prefer, pairs):
+    final = {}
+    for loss_type in ("dpo", "ipo"):
+        trainer = prefer(loss_type=loss_type, beta=0.25, max_steps=60, learning_rate=5e-4, data=pairs[:4])
+        final[loss_type] = trainer.state.log_history[-2]["margin"]
+    assert final["ipo"] == pytest.approx(1 / (2 * 0.25), abs=0.3)
+    assert final["dpo"] > 2 * final["ipo"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("ipo_mean", "ipo")])
+def test_loss_and_update_are_those_of_trl(prefer, pairs, knowing_folder, tmp_path, ours, theirs):
+    """One step of SGD on the same batch, by both trainers."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    shared = {"beta": 0.3, "per_device_train_batch_size": 8, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
+    mine = prefer(load(knowing_folder), loss_type=ours, **shared)
+    peer = DPOTrainer(
+        model=load(knowing_folder),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            loss_type=theirs,
+            **{**shared, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "bf16": False},
+            **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False},
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=load_tokenizer(knowing_folder),
+    )
+    peer.train()
+    assert losses(mine) == pytest.approx(losses(peer), rel=1e-4)
+    start = load(knowing_folder)
+    for mine_p, peer_p, start_p in zip(
+        mine.model.parameters(), peer.model.parameters(), start.parameters(), strict=True
+    ):
+        moved = (peer_p - start_p).abs().max().item()
+        assert_close(mine_p, peer_p, rtol=0, atol=1e-3 * moved + 1e-8)
+
+
+@pytest.mark.parametrize(("micro", "accumulate"), [(1, 4), (2, 2)])
+def test_micro_batches_change_nothing(prefer, knowing_folder, micro, accumulate):
+    settings = {"optim": "sgd", "max_steps": 3, "learning_rate": 0.02, "reference": "copy"}
+    whole = prefer(load(knowing_folder, torch.float64), per_device_train_batch_size=4, **settings)
+    parts = prefer(
+        load(knowing_folder, torch.float64),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        **settings,
+    )
+    assert_close(losses(parts), losses(whole), rtol=1e-6, atol=1e-6)
+    for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"reference": "cached"}, {"reference": "copy"}, {"lora": True}, {"lora": True, "gradient_checkpointing": True}],
+)
+def test_sharing_the_prompt_changes_nothing_but_the_number_of_tokens(prefer, knowing_folder, settings):
+    settings = {"optim": "sgd", "max_steps": 3, "learning_rate": 0.02, **settings}
+    lora = {"peft_config": LORA} if settings.pop("lora", False) else {}
+    runs = {
+        mode: prefer(load(knowing_folder, torch.float64), prefix_sharing=mode, trainer_kwargs=lora, **settings)
+        for mode in ("on", "off")
+    }
+    assert_close(losses(runs["on"]), losses(runs["off"]), rtol=1e-6, atol=1e-6)
+    for a, b in zip(runs["on"].model.parameters(), runs["off"].model.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert runs["on"].state.log_history[0]["tokens/shared"] > 0.2
+
+
+def test_the_reference_follows_the_settings(prefer):
+    assert isinstance(prefer(train=False).reference, CachedReference)
+    assert isinstance(prefer(train=False, reference="copy").reference, FrozenCopy)
+    assert isinstance(prefer(train=False, trainer_kwargs={"peft_config": LORA}).reference, AdapterReference)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(prefer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "per_device_train_batch_size": 2}
+    whole = prefer(output_dir=str(tmp_path / "whole"), **settings)
+    resumed = prefer(output_dir=str(tmp_path / "again"), resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_streams_train_like_lists(prefer, pairs):
+    from datasets import Dataset, IterableDataset
+
+    stream: IterableDataset = Dataset.from_list(pairs).to_iterable_dataset()
+    trainer = prefer(data=stream, reference="copy", max_steps=4)
+    assert len(losses(trainer)) == 4
+    with pytest.raises(ValueError, match="needs the rows beforehand"):
+        prefer(data=stream, reference="cached", max_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rejected": None}, "train row 1: column 'rejected' is missing"),
+        ({"chosen": [{"role": "assistant", "content": " "}]}, "train row 1: the completion is empty"),
+    ],
+)
+def test_a_broken_row_is_named(prefer, pairs, change, words):
+    with pytest.raises(RowError, match=words):
+        prefer(data=[pairs[0], {**pairs[1], **change}], train=False)
+
+
+def test_settings_that_cannot_work_are_refused_at_construction(prefer):
+    with pytest.raises(ValueError, match="unknown loss_type 'dpoo'; choose one of dpo, ipo, ipo_mean"):
+        PreferenceConfig(loss_type="dpoo")
+    with pytest.raises(ValueError, match="beta must be positive, got 0"):
+        PreferenceConfig(beta=0.0)
+    with pytest.raises(ValueError, match="objective must take chosen and rejected"):
+        prefer(train=False, trainer_kwargs={"objective": lambda forget: forget.sums})

@@ -1,0 +1,242 @@
+"""A DPO step of negtune against TRL's `DPOTrainer`: same model, same pairs, same optimiser, float32 in both.
+
+a. ordinary pairs: a question, a right and a wrong solution.
+b. per-step pairs: a question and the first steps of its solution, then the right or a wrong rest.
+c. trees: one long prompt with eight answers, as four disjoint pairs in one batch (TRL trains on the same four).
+
+Wrong solutions are right ones with other numbers. The reference is computed on the fly in both (adapter switched off,
+or a frozen copy), or cached in both. The two trainers take turns, `--rounds` times; seconds are medians over optimiser
+steps, the first of every turn left out.
+
+    python benchmarks/prefix_sharing.py --data_dir FOLDER
+
+FOLDER has GSM8K's `train.jsonl.gz`; without it synthetic sums of the same shape are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from side_by_side import row, table, write_result
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from negtune import PreferenceConfig, PreferenceTrainer
+from negtune.models.load import load_model
+
+CASES = {"a": ("ordinary pairs", 2, 1.5), "b": ("per-step pairs", 2, 2.5), "c": ("trees of eight branches", 4, 4.0)}
+"""Name, pairs a step, reach."""
+MODES = {
+    "LoRA, adapter off": {"lora": True, "cached": False},
+    "LoRA, cached": {"lora": True, "cached": True},
+    "full, frozen copy": {"lora": False, "cached": False},
+    "full, cached": {"lora": False, "cached": True},
+}
+DEFAULT_MODES = ["LoRA, adapter off", "LoRA, cached"]
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimiser step but the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.last: float | None = None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", help="folder with GSM8K's train.jsonl.gz; default: synthetic sums")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--modes", nargs="+", default=DEFAULT_MODES, choices=list(MODES))
+    parser.add_argument("--steps", type=int, default=3, help="of each turn; the first is left out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for noisy in ("transformers", "trl", "negtune"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    rows = []
+    for case in args.cases:
+        pairs = PAIRS[case](problems(args.data_dir), CASES[case][1] * args.steps)
+        rows += [compare(args, case, mode, pairs) for mode in args.modes]
+        print(table(rows[-len(args.modes) :]), flush=True)
+    print(table(rows))
+    print(write_result("prefix_sharing" + ("_cuda" if torch.cuda.is_available() else ""), rows))
+
+
+def compare(args: argparse.Namespace, case: str, mode: str, pairs: list[dict[str, str]]) -> dict[str, Any]:
+    """Seconds a step of both trainers on the same pairs in the same order."""
+    name, size, reach = CASES[case]
+    settings = MODES[mode]
+    spent: dict[str, list[float]] = {"ours": [], "peer": []}
+    first_loss, counts = {}, {}
+    for _ in range(args.rounds):
+        for who, build in (("ours", ours), ("peer", peer)):
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = build(args, settings, size, pairs, folder)
+                clock = Clock()
+                trainer.add_callback(clock)
+                trainer.train()
+            spent[who] += clock.seconds
+            logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+            first_loss[who] = logged[0]["loss"]
+            counts |= {key: logged[0][key] for key in ("tokens/shared", "tokens/padding") if key in logged[0]}
+            del trainer
+    return row(
+        f"{case}: {name}; {mode}",
+        *(median(spent[who]) for who in ("ours", "peer")),
+        "s/step",
+        reach if "full" not in mode else None,
+        **{"pairs_per_step": size, "first_loss": first_loss, **counts, "seconds": spent},
+    )
+
+
+def shared_settings(args: argparse.Namespace, size: int, folder: str) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    return {
+        **{"output_dir": folder, "per_device_train_batch_size": size, "max_steps": args.steps, "beta": 0.1},
+        **{"learning_rate": 1e-5, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "seed": 0},
+        **{"save_strategy": "no", "disable_tqdm": True, "bf16": on_gpu, "gradient_checkpointing": False},
+        **{
+            "use_cpu": not on_gpu,
+            "max_length": 2048,
+            "train_sampling_strategy": "sequential",
+            "dataloader_pin_memory": on_gpu,
+        },
+    }
+
+
+def ours(args: Any, settings: dict[str, bool], size: int, pairs: list[dict[str, str]], folder: str) -> Any:
+    model, tokenizer = load_model(args.model)
+    kind = "cached" if settings["cached"] else "adapter" if settings["lora"] else "copy"
+    return PreferenceTrainer(
+        model=model,
+        args=PreferenceConfig(**shared_settings(args, size, folder), reference=kind),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=adapter() if settings["lora"] else None,
+    )
+
+
+def peer(args: Any, settings: dict[str, bool], size: int, pairs: list[dict[str, str]], folder: str) -> Any:
+    model, tokenizer = load_model(args.model)
+    copy = None
+    if not settings["lora"] and not settings["cached"]:
+        copy, _ = load_model(args.model)
+    return DPOTrainer(
+        model=model,
+        ref_model=copy,
+        args=DPOConfig(**shared_settings(args, size, folder), precompute_ref_log_probs=settings["cached"]),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=adapter() if settings["lora"] else None,
+    )
+
+
+def adapter() -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def problems(folder: str | None) -> list[dict[str, str]]:
+    """`question` and `answer` (one step per line)."""
+    if folder is not None:
+        with gzip.open(Path(folder, "train.jsonl.gz"), "rt", encoding="utf-8") as file:
+            found = [json.loads(line) for line in file]
+        return [{**item, "answer": re.sub(r"<<.*?>>", "", item["answer"])} for item in found]
+    draw, made = random.Random(0), []
+    for _ in range(400):
+        numbers = [draw.randint(2, 60) for _ in range(7)]
+        steps, total = [], numbers[0]
+        for number in numbers[1:]:
+            steps.append(
+                f"Adding the {number} apples to the {total} before gives {total} + {number} = {total + number}."
+            )
+            total += number
+        question = f"Mia picks {', then '.join(map(str, numbers))} apples. How many apples does she have in the end?"
+        made.append({"question": question, "answer": "\n".join([*steps, f"#### {total}"])})
+    return made
+
+
+def spoiled(text: str, seed: int) -> str:
+    """The same text with other numbers."""
+    draw = random.Random(seed)
+    return re.sub(r"\d+", lambda match: str(int(match[0]) + draw.randint(1, 9)), text)
+
+
+def ordinary(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"Question: {item['question']}\nAnswer:",
+            "chosen": f" {item['answer']}",
+            "rejected": f" {spoiled(item['answer'], i)}",
+        }
+        for i, item in enumerate(items[:count])
+    ]
+
+
+def per_step(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """The last step is the pair; all before it is shared. Problems of five steps or more."""
+    pairs = []
+    for i, item in enumerate(item for item in items if item["answer"].count("\n") >= 5):
+        *first, last, result = item["answer"].split("\n")
+        rest = f"{last}\n{result}"
+        steps = "\n".join(first)
+        pairs.append(
+            {
+                "prompt": f"Question: {item['question']}\nAnswer: {steps}\n",
+                "chosen": rest,
+                "rejected": spoiled(rest, i),
+            }
+        )
+        if len(pairs) == count:
+            break
+    return pairs
+
+
+def trees(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """A prompt of three solved problems and a question; four right answers in other words, four wrong ones."""
+    pairs = []
+    for start in range(0, 4 * count // 4, 4):
+        *solved, asked = items[start : start + 4]
+        examples = "".join(f"Question: {item['question']}\nAnswer: {item['answer']}\n\n" for item in solved)
+        for opening in (" ", " Let us see. ", " Step by step: ", " First of all, "):
+            pairs.append(
+                {
+                    "prompt": f"{examples}Question: {asked['question']}\nAnswer:",
+                    "chosen": opening + asked["answer"],
+                    "rejected": opening + spoiled(asked["answer"], len(pairs)),
+                }
+            )
+    return pairs[:count]
+
+
+PAIRS = {"a": ordinary, "b": per_step, "c": trees}
+
+
+if __name__ == "__main__":
+    main()

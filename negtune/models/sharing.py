@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -121,7 +122,7 @@ def packed_batch(lm: nn.Module, batch: Mapping[str, Tensor]) -> PackedTrees | No
 def _packed_if_worth_it(lm: nn.Module, sharing: Sharing, batch: Mapping[str, Tensor]) -> PackedTrees | None:
     rows = row_tokens(batch)
     longest = max(map(len, rows))
-    reason = _active_dropout(lm) if lm.training else None
+    reason = _noise(lm) if lm.training else None
     if sharing.longest is not None and longest > sharing.longest:
         reason = f"a row of {longest} tokens is longer than the attention window of {sharing.longest}; lower max_length"
     if reason is not None and sharing.mode == "on":
@@ -161,11 +162,13 @@ def _refusal(lm: nn.Module) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))} do not follow a tree mask"
-    return _active_dropout(lm)
+    return _noise(lm)
 
 
-def _active_dropout(lm: nn.Module) -> str | None:
-    """Rows would share one draw of a shared token's dropout mask."""
+def _noise(lm: nn.Module) -> str | None:
+    """Randomness in training, of which rows would share one draw where they share a token."""
+    if getattr(lm.get_input_embeddings(), "neftune_noise_alpha", None):
+        return "NEFTune noise would be drawn once for all rows that share a token; leave neftune_noise_alpha out"
     for module in lm.modules():
         if (isinstance(module, nn.Dropout) and module.p > 0) or _attention_dropout(module) > 0:
             return "dropout would be drawn once for all rows that share a token; set disable_dropout=True"
@@ -194,10 +197,14 @@ def _cost(lm: nn.Module) -> Cost:
     config = lm.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    # 4-bit weights lie two to a byte.
-    matrices = [p for p in decoder_layers(lm).parameters() if p.dim() > 1]
-    weights = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices)
+    weights = sum(map(_matrix_elements, decoder_layers(lm).parameters()))
     return Cost(per_token=2.0 * weights, per_pair=ATTENTION_WEIGHT * 4.0 * width * config.num_hidden_layers)
+
+
+def _matrix_elements(parameter: Tensor) -> int:
+    """Elements of a weight matrix, 0 for a vector. 4-bit weights lie two to a byte; ZeRO-3 keeps the shape aside."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return math.prod(shape) * (2 if parameter.dtype == torch.uint8 else 1) if len(shape) > 1 else 0
 
 
 @torch.no_grad()

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._trl_compat import BaseTrainer
+from negtune.data.batching import TokenBudgetBatches
 from negtune.data.completions import padding_id
 from negtune.data.preference import PAIR, answer, collate_pairs, tokenize_pairs
 from negtune.losses.preference import PREFERENCE_LOSSES
@@ -30,7 +32,7 @@ from negtune.trainers.config import PolicyConfig, bind_objective
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import EpochSetter, stop_if_not_finite, tell_step_totals
 
 PROGRESS = (
     ("step", "step", "{:d}"),
@@ -59,10 +61,30 @@ class PreferenceConfig(PolicyConfig):
         default=None, metadata={"help": "Further hyper-parameters of the objective."}
     )
 
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a batch on each process, in place of per_device_train_batch_size: pairs of similar "
+            "length fill it, redrawn every epoch, so that little is padding."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "With tokens_per_batch: pairs of one prompt stay in one batch; prefix sharing computes it once."
+        },
+    )
+
     _VALID_DICT_FIELDS = [*PolicyConfig._VALID_DICT_FIELDS, "loss_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokens_per_batch is not None:
+            if self.tokens_per_batch < 1:
+                raise ValueError(f"tokens_per_batch must be positive, got {self.tokens_per_batch}")
+            self.accelerator_config.even_batches = False  # they are: the sampler makes as many for every process
+        elif self.group_by_prompt:
+            raise ValueError("group_by_prompt needs tokens_per_batch: a fixed number of pairs may tear a prompt apart")
         self.objective()
 
     def objective(self) -> Any:
@@ -130,7 +152,10 @@ class PreferenceTrainer(BaseTrainer):
         train = convert(train_dataset, name="train")
         evaluated = None if eval_dataset is None else convert(eval_dataset, name="eval")
         arrived_with_adapter = arrives_with_adapter(model)
+        if args.tokens_per_batch is not None and not hasattr(train, "__len__"):
+            raise ValueError("tokens_per_batch needs the rows beforehand; a stream needs per_device_train_batch_size")
         model = set_up_policy(model, args, peft_config)
+        self._batches: TokenBudgetBatches | None = None
         self._sums, self._eval_sums = MetricSums(), MetricSums()
         super().__init__(
             model=model,
@@ -139,7 +164,7 @@ class PreferenceTrainer(BaseTrainer):
             train_dataset=train,
             eval_dataset=evaluated,
             processing_class=processing_class,
-            callbacks=[HistoryCallback(args.output_dir), *(callbacks or [])],
+            callbacks=[EpochSetter(lambda: self._batches), HistoryCallback(args.output_dir), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
@@ -167,6 +192,27 @@ class PreferenceTrainer(BaseTrainer):
         for rows in (self.train_dataset, self.eval_dataset):
             for row in rows or ():
                 yield from (answer(row, side) for side in PAIR)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        units, sizes = _units(
+            self.train_dataset,
+            by_prompt=self.args.group_by_prompt,
+            shared=causal_lm(self.model)._prefix_sharing.mode != "off",
+        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._batches = TokenBudgetBatches(
+            units, sizes, self.args.tokens_per_batch, seed=seed, processes=self.accelerator.num_processes
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the number of pairs of the whole step."""
@@ -235,3 +281,17 @@ class PreferenceTrainer(BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
+
+
+def _units(rows: Any, *, by_prompt: bool, shared: bool) -> tuple[list[list[int]], list[int]]:
+    """Pairs, or groups of pairs with one prompt, and the tokens each costs: `shared` prompts once, else padded rows."""
+    prompts, chosen, rejected = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    units: dict[Any, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        units.setdefault(tuple(prompt) if by_prompt else i, []).append(i)
+    sizes = []
+    for members in units.values():
+        answers = [len(side[i]) for i in members for side in (chosen, rejected)]
+        prompt = len(prompts[members[0]])
+        sizes.append(prompt + sum(answers) if shared else (prompt + max(answers)) * len(answers))
+    return list(units.values()), sizes

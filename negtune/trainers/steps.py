@@ -8,12 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from negtune.records import write_json
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite; the message names the file with the rows of that batch."""
+
+
+class EpochSetter(TrainerCallback):
+    """Tells a sampler the epoch, also after a resume, where the host builds a new data loader around it.
+
+    Args:
+        sampler: gives the sampler (with `set_epoch`) that is in use, or None.
+    """
+
+    def __init__(self, sampler: Callable[[], Any]) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sampler = self.sampler()
+        if sampler is not None:
+            sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 def tell_step_totals(

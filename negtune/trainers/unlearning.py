@@ -44,8 +44,8 @@ from negtune.trainers.card import write_unlearning_card
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
+from negtune.trainers.steps import EpochSetter, stop_if_not_finite, tell_step_totals
 from negtune.trainers.steps import NonFiniteLossError as NonFiniteLossError
-from negtune.trainers.steps import stop_if_not_finite, tell_step_totals
 from negtune.trainers.unlearning_config import UnlearningConfig
 
 
@@ -126,7 +126,7 @@ class UnlearningTrainer(BaseTrainer):
             train_dataset=datasets,
             eval_dataset=eval_sets or None,
             processing_class=processing_class,
-            callbacks=[_EpochSetter(self), HistoryCallback(args.output_dir), *(callbacks or [])],
+            callbacks=[EpochSetter(lambda: self._epoch_sampler), HistoryCallback(args.output_dir), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
@@ -357,17 +357,6 @@ class UnlearningTrainer(BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: what people unlearn is nobody's business."""
-
-
-class _EpochSetter(TrainerCallback):
-    """Tells the sampler the epoch, also after a resume, where the host builds a new data loader around it."""
-
-    def __init__(self, trainer: UnlearningTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._epoch_sampler is not None:
-            self.trainer._epoch_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 def _reduce(value: Tensor, side: str, step: Mapping[str, Any]) -> Tensor:

@@ -64,3 +64,25 @@ def test_training_in_bf16_forgets(tmp_path, tiny_folder, four_bit, reference):
     history = [row for row in trainer.state.log_history if "loss" in row]
     assert abs(history[0]["forget/log_ratio"]) < 0.05
     assert history[-1]["forget/logp"] < history[0]["forget/logp"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_packed_trees_give_the_gradients_of_padded_rows(attention):
+    from negtune.data.completions import collate
+    from negtune.models.forward import attach_scoring, completion_logps
+    from negtune.models.sharing import set_prefix_sharing
+    from negtune.models.tiny import tiny_lm
+
+    rows = [{"prompt_ids": [11, 12, 13] * 60, "completion_ids": [14 + i, 15, 16, 1]} for i in range(3)]
+    batch = {name: tensor.cuda() for name, tensor in collate(rows, 0).items()}
+    found = {}
+    for mode in ("on", "off"):
+        model = tiny_lm().cuda()
+        model.set_attn_implementation(attention if mode == "on" else "sdpa")
+        attach_scoring(model)
+        set_prefix_sharing(model, mode)
+        logps = completion_logps(model, batch)
+        logps.sum().backward()
+        found[mode] = [logps.detach(), *(p.grad for p in model.parameters())]
+    for packed, padded in zip(found["on"], found["off"], strict=True):
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-3 * padded.abs().max().item() + 1e-6)

@@ -30,6 +30,7 @@ from transformers import (
 from negtune.data.completions import collate
 from negtune.models import sharing
 from negtune.models.forward import attach_scoring, completion_hidden, completion_logps, scored_tokens
+from negtune.models.policy import disable_dropout
 from negtune.models.reference import AdapterReference, FrozenCopy
 from negtune.models.sharing import packed_batch, set_prefix_sharing
 from negtune.models.structure import causal_lm
@@ -223,6 +224,25 @@ def test_models_that_cannot_share_exactly_say_why_and_go_on_padded(name):
         set_prefix_sharing(model, "on")
     assert set_prefix_sharing(model, "auto")
     assert packed_batch(model, collate(PAIR, 0)) is None
+
+
+def test_attention_dropout_which_is_a_number_and_no_module_counts_as_dropout():
+    model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1, attention_dropout=0.1))
+    assert "disable_dropout" in set_prefix_sharing(model, "auto")
+    disable_dropout(model)
+    assert set_prefix_sharing(model, "auto") is None
+    ids = torch.arange(5, 20)[None]
+    model.train()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_noise_on_the_embeddings_is_refused_in_training_only():
+    model = tiny_lm()
+    set_prefix_sharing(model, "on")
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # what the host sets when training starts
+    assert packed_batch(model.eval(), collate(PAIR, 0)) is not None
+    with pytest.raises(ValueError, match="NEFTune"):
+        packed_batch(model.train(), collate(PAIR, 0))
 
 
 class DistanceBias(nn.Module):

@@ -191,3 +191,53 @@ def test_settings_that_cannot_work_are_refused_at_construction(prefer):
         PreferenceConfig(beta=0.0)
     with pytest.raises(ValueError, match="objective must take chosen and rejected"):
         prefer(train=False, trainer_kwargs={"objective": lambda forget: forget.sums})
+
+
+def batches_of(trainer, epoch: int) -> list[list[int]]:
+    loader = trainer.get_train_dataloader()
+    trainer._batches.set_epoch(epoch)
+    return [batch["rows"].tolist() for batch in loader]
+
+
+def test_a_token_budget_fills_batches_with_pairs_of_similar_length(prefer, pairs):
+    trainer = prefer(train=False, tokens_per_batch=120, prefix_sharing="off")
+    rows = trainer.train_dataset
+    batches = batches_of(trainer, 0)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
+    assert batches_of(trainer, 0) == batches
+    assert any(batches_of(trainer, epoch) != batches for epoch in (1, 2, 3))
+    for batch in batches:
+        longest = max(
+            len(rows[i]["prompt_ids"]) + len(rows[i][f"{s}_ids"]) for i in batch for s in ("chosen", "rejected")
+        )
+        assert len(batch) == 1 or 2 * len(batch) * longest <= 120
+    assert max(map(len, batches)) > 1
+
+
+def test_pairs_of_one_prompt_stay_together(prefer, pairs):
+    several = [{**pair, "prompt": pairs[i // 2]["prompt"]} for i, pair in enumerate(pairs)]
+    trainer = prefer(train=False, data=several, tokens_per_batch=200, group_by_prompt=True)
+    found = {i: number for number, batch in enumerate(batches_of(trainer, 1)) for i in batch}
+    assert all(found[i] == found[i + 1] for i in range(0, len(pairs), 2))
+    with pytest.raises(ValueError, match="group_by_prompt needs tokens_per_batch"):
+        PreferenceConfig(group_by_prompt=True)
+
+
+def test_a_resumed_run_draws_the_same_token_budget_batches(prefer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "tokens_per_batch": 120}
+    whole = prefer(output_dir=str(tmp_path / "whole"), **settings)
+    per_epoch = len(whole._batches)
+    middle = per_epoch + 1  # inside the second epoch
+    assert 1 < middle < 9
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{middle}")
+    resumed = prefer(output_dir=str(tmp_path / "again"), resume=checkpoint, **settings)
+    assert losses(resumed) == losses(whole)
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stream_cannot_be_sorted_into_a_budget(prefer, pairs):
+    from datasets import Dataset
+
+    with pytest.raises(ValueError, match="tokens_per_batch needs the rows beforehand"):
+        prefer(data=Dataset.from_list(pairs).to_iterable_dataset(), reference="copy", tokens_per_batch=100)

@@ -1,7 +1,8 @@
 """A DPO step of negtune against TRL's `DPOTrainer`: same model, same pairs, same optimiser, float32 in both.
 
 a. ordinary pairs: a question, a right and a wrong solution.
-b. per-step pairs: a question and the first steps of its solution, then the right or a wrong rest.
+b. per-step pairs: a question and the first steps of its solution, then the right or a wrong next step.
+r. the same with the whole rest of the solution.
 c. trees: one long prompt with eight answers, as four disjoint pairs in one batch (TRL trains on the same four).
 
 Wrong solutions are right ones with other numbers. The reference is computed on the fly in both (adapter switched off,
@@ -23,6 +24,7 @@ import random
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +39,12 @@ from trl import DPOConfig, DPOTrainer
 from negtune import PreferenceConfig, PreferenceTrainer
 from negtune.models.load import load_model
 
-CASES = {"a": ("ordinary pairs", 2, 1.5), "b": ("per-step pairs", 2, 2.5), "c": ("trees of eight branches", 4, 4.0)}
+CASES = {
+    "a": ("ordinary pairs", 2, 1.5),
+    "b": ("per-step pairs", 2, 2.5),
+    "r": ("per-step pairs, whole rest", 2, None),
+    "c": ("trees of eight branches", 4, 4.0),
+}
 """Name, pairs a step, reach."""
 MODES = {
     "LoRA, adapter off": {"lora": True, "cached": False},
@@ -199,12 +206,12 @@ def ordinary(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
     ]
 
 
-def per_step(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """The last step is the pair; all before it is shared. Problems of five steps or more."""
+def per_step(items: list[dict[str, str]], count: int, *, whole_rest: bool = False) -> list[dict[str, str]]:
+    """The last step (with the result line, `whole_rest`) is the pair; all before it is shared. Five steps or more."""
     pairs = []
     for i, item in enumerate(item for item in items if item["answer"].count("\n") >= 5):
         *first, last, result = item["answer"].split("\n")
-        rest = f"{last}\n{result}"
+        rest = f"{last}\n{result}" if whole_rest else last
         steps = "\n".join(first)
         pairs.append(
             {
@@ -235,7 +242,7 @@ def trees(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
     return pairs[:count]
 
 
-PAIRS = {"a": ordinary, "b": per_step, "c": trees}
+PAIRS = {"a": ordinary, "b": per_step, "r": partial(per_step, whole_rest=True), "c": trees}
 
 
 if __name__ == "__main__":

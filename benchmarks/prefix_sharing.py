@@ -17,6 +17,7 @@ FOLDER has GSM8K's `train.jsonl.gz`; without it synthetic sums of the same shape
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import logging
@@ -88,9 +89,9 @@ def main() -> None:
     for case in args.cases:
         pairs = PAIRS[case](problems(args.data_dir), CASES[case][1] * args.steps)
         rows += [compare(args, case, mode, pairs) for mode in args.modes]
+        write_result("prefix_sharing" + ("_cuda" if torch.cuda.is_available() else ""), rows)
         print(table(rows[-len(args.modes) :]), flush=True)
     print(table(rows))
-    print(write_result("prefix_sharing" + ("_cuda" if torch.cuda.is_available() else ""), rows))
 
 
 def compare(args: argparse.Namespace, case: str, mode: str, pairs: list[dict[str, str]]) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def compare(args: argparse.Namespace, case: str, mode: str, pairs: list[dict[str
             first_loss[who] = logged[0]["loss"]
             counts |= {key: logged[0][key] for key in ("tokens/shared", "tokens/padding") if key in logged[0]}
             del trainer
+            gc.collect()  # trainers are full of cycles, and the next one needs the memory
     return row(
         f"{case}: {name}; {mode}",
         *(median(spent[who]) for who in ("ours", "peer")),
@@ -227,9 +229,10 @@ def per_step(items: list[dict[str, str]], count: int, *, whole_rest: bool = Fals
 
 def trees(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
     """A prompt of three solved problems and a question; four right answers in other words, four wrong ones."""
-    pairs = []
-    for start in range(0, 4 * count // 4, 4):
-        *solved, asked = items[start : start + 4]
+    pairs: list[dict[str, str]] = []
+    short = [item for item in items if len(item["question"] + item["answer"]) < 420] or items
+    for start in range(0, count, 4):
+        *solved, asked = short[start : start + 4]
         examples = "".join(f"Question: {item['question']}\nAnswer: {item['answer']}\n\n" for item in solved)
         for opening in (" ", " Let us see. ", " Step by step: ", " First of all, "):
             pairs.append(

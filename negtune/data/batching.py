@@ -6,13 +6,27 @@ buckets; each epoch shuffles the units within every bucket, cuts them into batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
 SPREAD = 1.1
 """Largest over smallest size in a bucket: the most that padding costs, unless a batch reaches into the next bucket."""
+
+
+def longest_first(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Tokenised rows from the longest to the shortest, those with one prompt kept together behind their longest.
+
+    So batches of neighbours are padded little, run out of memory early, and share their prompts.
+    """
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
+    prompts = [tuple(row["prompt_ids"]) for row in rows]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    return sorted(range(len(rows)), key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i]))
 
 
 class TokenBudgetBatches(Sampler[list[int]]):

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from negtune.data.batching import longest_first
 from negtune.data.completions import RowError, collate, padding_id, prompt_token_ids, tokenize_row
 from negtune.metrics import unlearning as metrics
 from negtune.models.forward import attach_scoring, completion_statistics
+from negtune.models.sharing import set_prefix_sharing
 from negtune.models.structure import causal_lm
 
 
@@ -38,6 +40,7 @@ def score_completions(
         `tokens`, `truncated`, `nll` (per token), `probability`, `exact_memorization`, `extraction_strength`, `min_k`.
     """
     attach_scoring(model)
+    _share_prefixes_if_undecided(model)
     work = functools.partial(_score, _without_ddp(model), tokenizer, batch_size, max_length)
     return _over_processes(items, work, batch_size)
 
@@ -56,6 +59,16 @@ def tokenize_completion(item: Mapping[str, Any], tokenizer: Any, max_length: int
         return tokenize_row(item, tokenizer, max_length=max_length)
     except RowError as error:
         raise RowError(f"{item['name']}: {error}") from None
+
+
+def _share_prefixes_if_undecided(model: nn.Module) -> None:
+    """Several answers to one question are common here; a trainer has decided already, and split weights cannot be
+    probed."""
+    lm = causal_lm(model)
+    split = hasattr(model, "_fsdp_wrapped_module")  # FSDP1; FSDP2 has DTensors, ZeRO-3 marks its parameters
+    split = split or any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in lm.parameters())
+    if not hasattr(lm, "_prefix_sharing") and not split:
+        set_prefix_sharing(lm, "auto")
 
 
 def _over_processes(
@@ -83,9 +96,8 @@ def _over_processes(
     return merged
 
 
-def _batches(lengths: Sequence[int], batch_size: int, steps: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, the longest first (out of memory early); exactly `steps` of them."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def _batches(order: Sequence[int], batch_size: int, steps: int) -> Iterator[Sequence[int]]:
+    """Exactly `steps` batches of neighbours; the first item again where nothing is left."""
     for step in range(steps):
         yield order[step * batch_size : (step + 1) * batch_size] or order[:1]
 
@@ -97,7 +109,7 @@ def _score(
     rows = [tokenize_completion(item, tokenizer, max_length) for item in items]
     device = next(model.parameters()).device
     out: list[Any] = [None] * len(rows)
-    for chunk in _batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], batch_size, steps):
+    for chunk in _batches(longest_first(rows), batch_size, steps):
         batch = collate([rows[i] for i in chunk], padding_id(tokenizer))
         logps, correct, mask = completion_statistics(model, {k: v.to(device) for k, v in batch.items()})
         logps, correct, mask = logps.double().cpu().numpy(), correct.cpu().numpy(), mask.cpu().numpy()
@@ -138,7 +150,7 @@ def _generate(
         use_cache=True,
     )
     out: list[Any] = [None] * len(ids)
-    for chunk in _batches([len(i) for i in ids], batch_size, steps):
+    for chunk in _batches(sorted(range(len(ids)), key=lambda i: -len(ids[i])), batch_size, steps):
         width = max(len(ids[i]) for i in chunk)
         input_ids = torch.tensor([[padding_id(tokenizer)] * (width - len(ids[i])) + ids[i] for i in chunk])
         attention_mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chunk])

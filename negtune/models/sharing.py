@@ -81,7 +81,7 @@ def set_prefix_sharing(
         check: run the probe. It cannot run on weights that are split between processes.
 
     Returns:
-        Why `auto` will not pack, or None.
+        Why `auto` will not pack (because of dropout: not in training), or None.
 
     Raises:
         ValueError: `on` where sharing would not be exact, with the reason.
@@ -92,9 +92,16 @@ def set_prefix_sharing(
     reason = _refusal(lm) or (_probe(lm) if check else None)
     if reason is None:
         lm._prefix_sharing = Sharing(mode, _cost(lm), _window(lm.config.get_text_config()), budget)
-    elif mode == "on":
+        reason = _noise(lm)
+    if reason is not None and mode == "on":
         raise ValueError(f"prefix_sharing=on is not possible: {reason}; set it to auto or off")
     return reason
+
+
+def packs_in_training(lm: nn.Module) -> bool:
+    """Whether training forwards may be packed."""
+    sharing: Sharing | None = getattr(lm, "_prefix_sharing", None)
+    return sharing is not None and sharing.mode != "off" and _noise(lm) is None
 
 
 def take_counts(lm: nn.Module) -> TokenCounts:
@@ -162,7 +169,7 @@ def _refusal(lm: nn.Module) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))} do not follow a tree mask"
-    return _noise(lm)
+    return None
 
 
 def _noise(lm: nn.Module) -> str | None:

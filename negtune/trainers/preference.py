@@ -25,7 +25,7 @@ from negtune.data.preference import PAIR, answer, collate_pairs, tokenize_pairs
 from negtune.losses.preference import PREFERENCE_LOSSES
 from negtune.models.forward import completion_logps, scored_tokens
 from negtune.models.reference import Reference
-from negtune.models.sharing import take_counts
+from negtune.models.sharing import packs_in_training, take_counts
 from negtune.models.structure import causal_lm
 from negtune.ops import SequenceLogps, needs_of
 from negtune.trainers.config import PolicyConfig, bind_objective
@@ -199,7 +199,7 @@ class PreferenceTrainer(BaseTrainer):
         units, sizes = _units(
             self.train_dataset,
             by_prompt=self.args.group_by_prompt,
-            shared=causal_lm(self.model)._prefix_sharing.mode != "off",
+            shared=packs_in_training(causal_lm(self.model)),
         )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._batches = TokenBudgetBatches(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from negtune.data.batching import longest_first
 from negtune.data.completions import collate, content_key
 from negtune.models.policy import is_peft, on_device, sharded_at_load
 from negtune.models.reference import (
@@ -63,9 +64,9 @@ class LogpCache:
         return content_key(keys, [int(precise[:15], 16)])
 
     def _batches(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
-        rows = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["completion_ids"]))
-        for start in range(0, len(rows), self.batch_size):
-            batch = collate(rows[start : start + self.batch_size], self.pad_token_id)
+        order = longest_first(rows)
+        for start in range(0, len(order), self.batch_size):
+            batch = collate([rows[i] for i in order[start : start + self.batch_size]], self.pad_token_id)
             yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negtune.data.batching import SPREAD, TokenBudgetBatches
+from negtune.data.batching import SPREAD, TokenBudgetBatches, longest_first
 
 
 def singles(sizes, budget, **settings):
@@ -63,6 +63,12 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_and_composition_changes():
 def test_rows_of_a_unit_stay_together():
     sampler = TokenBudgetBatches([[0, 3], [1], [2, 4, 5]], [10, 10, 10], 10, seed=0)
     assert sorted(sampler) == [[0, 3], [1], [2, 4, 5]]
+
+
+def test_rows_of_one_prompt_follow_their_longest():
+    shapes = [("ab", 3), ("c", 9), ("ab", 6), ("d", 1), ("c", 2)]
+    rows = [{"prompt_ids": [ord(c) for c in prompt], "completion_ids": [0] * n} for prompt, n in shapes]
+    assert longest_first(rows) == [1, 4, 2, 0, 3]
 
 
 def test_units_without_sizes_are_refused():

@@ -226,6 +226,14 @@ def test_models_that_cannot_share_exactly_say_why_and_go_on_padded(name):
     assert packed_batch(model, collate(PAIR, 0)) is None
 
 
+def test_with_dropout_evaluation_is_packed_and_training_is_not():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
+    assert "disable_dropout" in set_prefix_sharing(model, "auto")
+    model._prefix_sharing.cost = sharing.Cost(1.0, 0.0)
+    assert packed_batch(model.eval(), collate(PAIR, 0)) is not None
+    assert packed_batch(model.train(), collate(PAIR, 0)) is None
+
+
 def test_attention_dropout_which_is_a_number_and_no_module_counts_as_dropout():
     model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1, attention_dropout=0.1))
     assert "disable_dropout" in set_prefix_sharing(model, "auto")

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from negtune.models.sharing import packs_in_training
 from negtune.models.structure import causal_lm
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
@@ -55,4 +56,6 @@ def test_dropout_refuses_sharing_only_where_it_was_demanded(unlearn, knowing_fol
     settings = {"trainer_kwargs": {"peft_config": lora}, "disable_dropout": False, "train": False}
     with pytest.raises(ValueError, match="disable_dropout=True"):
         unlearn(prefix_sharing="on", **settings)
-    assert causal_lm(unlearn(prefix_sharing="auto", **settings).model)._prefix_sharing.mode == "off"
+    lm = causal_lm(unlearn(prefix_sharing="auto", **settings).model)
+    assert not packs_in_training(lm)
+    assert lm._prefix_sharing.mode == "auto"  # evaluation has no dropout

@@ -93,10 +93,13 @@ def answer(row: Mapping[str, Any], side: str) -> dict[str, Any]:
 
 
 def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, overlong: Overlong) -> dict[str, Any]:
-    pair = {side: tokenize_row(_side(row, side), tokenizer) for side in PAIR}
+    row, pair = _explicit(row), {}
+    for side in PAIR:
+        try:
+            pair[side] = tokenize_row({"prompt": row["prompt"], "completion": row[side]}, tokenizer)
+        except RowError as error:
+            raise RowError(f"{side}: {error}") from None
     prompt_ids = pair["chosen"]["prompt_ids"]
-    if pair["rejected"]["prompt_ids"] != prompt_ids:
-        raise RowError("chosen and rejected have different prompts; a pair compares two answers to one prompt")
     space = room(pair["chosen"], max_length)
     answers = {side: pair[side]["completion_ids"] for side in PAIR}
     too_long = max(map(len, answers.values())) > space
@@ -109,17 +112,25 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
     return {"prompt_ids": prompt_ids, **cut, "dropped": dropped, "truncated": too_long and not dropped, "tied": tied}
 
 
-def _side(row: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """Prompt and one answer of a pair, the implicit prompt made explicit."""
+def _explicit(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `prompt`, `chosen` and `rejected`, the implicit prompt made explicit.
+
+    A text `prompt` beside two chats is their first question in words (the layout of UltraFeedback), and implicit too.
+    """
     missing = [name for name in PAIR if row.get(name) is None]
     if missing:
-        raise RowError(
-            f"column {missing[0]!r} is missing; a pair needs chosen and rejected, this one has {sorted(row)}"
-        )
-    if row.get("prompt") is None:
-        from trl import extract_prompt
+        raise RowError(f"column {missing[0]!r} is missing; a pair needs chosen and rejected, this has {sorted(row)}")
+    both = {name: row[name] for name in PAIR}
+    if isinstance(both["chosen"], str) != isinstance(both["rejected"], str):
+        raise RowError("chosen and rejected must both be text or both be lists of chat messages")
+    chats_with_text = isinstance(row.get("prompt"), str) and not isinstance(both["chosen"], str)
+    if row.get("prompt") is not None and not chats_with_text:
+        return {"prompt": row["prompt"], **both}
+    from trl import extract_prompt
 
-        row = extract_prompt({name: row[name] for name in PAIR})
-        if not row["prompt"]:
-            raise RowError("chosen and rejected share no beginning that could be the prompt; add the column prompt")
-    return {"prompt": row["prompt"], "completion": row[side]}
+    if not both["chosen"] or not both["rejected"]:
+        raise RowError("chosen or rejected is empty; an objective has no token to act on")
+    row = extract_prompt(both)
+    if not row["prompt"]:
+        raise RowError("chosen and rejected share no beginning that could be the prompt; add the column prompt")
+    return row

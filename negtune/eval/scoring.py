@@ -68,7 +68,7 @@ def _share_prefixes_if_undecided(model: nn.Module) -> None:
     split = hasattr(model, "_fsdp_wrapped_module")  # FSDP1; FSDP2 has DTensors, ZeRO-3 marks its parameters
     split = split or any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in lm.parameters())
     if not hasattr(lm, "_prefix_sharing") and not split:
-        set_prefix_sharing(lm, "auto")
+        set_prefix_sharing(model, "auto")
 
 
 def _over_processes(

@@ -85,13 +85,14 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # transformers' attention holds a number
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # many transformers modules hold a number and call F.dropout
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def share_prefixes(model: nn.Module, mode: PrefixSharing) -> None:
     """`set_prefix_sharing` on the model inside `model`; says once why `auto` keeps padded rows."""
-    reason = set_prefix_sharing(causal_lm(model), mode, check=not sharded_at_load())
+    reason = set_prefix_sharing(model, mode, check=not sharded_at_load())
     if reason is not None:
         logger.warning("prefix_sharing=auto keeps padded rows: %s", reason)
 

@@ -171,8 +171,9 @@ class CachedReference:
     def _span(self, key: int) -> tuple[int, int]:
         if key not in self._spans:
             raise KeyError(
-                f"{self.path} has no reference log-probabilities for a row of this batch (content hash {key}); "
-                "the data changed after the cache was built: delete the file and start again"
+                f"{self.path} has no reference log-probabilities for a row of this batch (content hash {key}). If the "
+                "data changed after the cache was built, delete the file and start again; rows that were not there at "
+                "construction need reference=adapter or copy"
             )
         return self._spans[key]
 

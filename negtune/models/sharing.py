@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from negtune.models.structure import decoder_layers, eval_mode
+from negtune.models.structure import causal_lm, decoder_layers, eval_mode
 from negtune.models.tree import ATTENTION_WEIGHT, Cost, PackedTrees, pack_trees, row_tokens
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,15 @@ class Sharing:
         cost: of one forward pass.
         longest: rows beyond it would be seen through a window; None: no window.
         budget: most tokens of one packed sequence.
+        noisy: two training forwards of the same tokens differed.
+        counts: see `take_counts`.
     """
 
     mode: PrefixSharing
     cost: Cost = EVEN
     longest: int | None = None
     budget: int = TOKEN_BUDGET
+    noisy: bool = False
     counts: TokenCounts = field(default_factory=lambda: TokenCounts())
 
 
@@ -69,29 +72,31 @@ class TokenCounts:
 
 
 def set_prefix_sharing(
-    lm: nn.Module, mode: PrefixSharing, *, budget: int = TOKEN_BUDGET, check: bool = True
+    model: nn.Module, mode: PrefixSharing, *, budget: int = TOKEN_BUDGET, check: bool = True
 ) -> str | None:
-    """Let `lm` compute shared prefixes once from now on, or say why not.
+    """Let the causal LM inside `model` compute shared prefixes once from now on, or say why not.
 
     Args:
-        lm: causal LM without wrappers (`structure.causal_lm`).
+        model: causal LM, plain or with an adapter.
         mode: `auto` packs a batch where that saves work, and keeps padded rows where the model does not allow it; `on`
             packs every batch; `off` never packs.
         budget: most tokens of one packed sequence.
         check: run the probe. It cannot run on weights that are split between processes.
 
     Returns:
-        Why `auto` will not pack (because of dropout: not in training), or None.
+        Why `auto` will not pack (because of random numbers: not in training), or None.
 
     Raises:
         ValueError: `on` where sharing would not be exact, with the reason.
     """
+    lm = causal_lm(model)
     lm._prefix_sharing = Sharing("off")
     if mode == "off":
         return None
-    reason = _refusal(lm) or (_probe(lm) if check else None)
+    reason = _refusal(lm) or _adapter_refusal(model) or (_probe(lm) if check else None)
     if reason is None:
-        lm._prefix_sharing = Sharing(mode, _cost(lm), _window(lm.config.get_text_config()), budget)
+        noisy = check and _draws_in_training(lm)
+        lm._prefix_sharing = Sharing(mode, _cost(lm), _window(lm.config.get_text_config()), budget, noisy)
         reason = _noise(lm)
     if reason is not None and mode == "on":
         raise ValueError(f"prefix_sharing=on is not possible: {reason}; set it to auto or off")
@@ -169,6 +174,24 @@ def _refusal(lm: nn.Module) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))} do not follow a tree mask"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "local attention layers count distance in memory"
+    try:
+        decoder_layers(lm)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _adapter_refusal(model: nn.Module) -> str | None:
+    """Adapters that change the sequence, or that look for something in each row of a batch."""
+    while isinstance(model, nn.Module):
+        for config in getattr(model, "peft_config", {}).values():
+            if getattr(config, "is_prompt_learning", False):
+                return f"{type(config).__name__} puts virtual tokens before each row"
+            if getattr(config, "alora_invocation_tokens", None):
+                return "an activated LoRA looks for its invocation tokens once in each row of a batch"
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
     return None
 
 
@@ -177,15 +200,14 @@ def _noise(lm: nn.Module) -> str | None:
     if getattr(lm.get_input_embeddings(), "neftune_noise_alpha", None):
         return "NEFTune noise would be drawn once for all rows that share a token; leave neftune_noise_alpha out"
     for module in lm.modules():
-        if (isinstance(module, nn.Dropout) and module.p > 0) or _attention_dropout(module) > 0:
+        if isinstance(module, nn.Dropout) and module.p > 0:
             return "dropout would be drawn once for all rows that share a token; set disable_dropout=True"
+    if lm._prefix_sharing.noisy:
+        return (
+            f"{type(lm).__name__} draws random numbers in training, once for all rows that share a token; if that is "
+            "dropout, set disable_dropout=True"
+        )
     return None
-
-
-def _attention_dropout(module: nn.Module) -> float:
-    """The float that transformers' attention modules hold in place of a dropout module."""
-    value = getattr(module, "attention_dropout", 0.0)
-    return value if isinstance(value, float) else 0.0
 
 
 def _window(config: Any) -> int | None:
@@ -222,12 +244,12 @@ def _probe(lm: nn.Module, tolerance: float = 1e-3) -> str | None:
     device = next(lm.parameters()).device
     packed = pack_trees(rows, Cost(1.0, 0.0)).to(device)
     with eval_mode(lm):
-        alone = [
-            lm.base_model(torch.tensor([row], device=device), use_cache=False).last_hidden_state[0] for row in rows
-        ]
         try:
+            alone = [
+                lm.base_model(torch.tensor([row], device=device), use_cache=False).last_hidden_state[0] for row in rows
+            ]
             together = lm.base_model(**tree_inputs(packed, lm), use_cache=False).last_hidden_state
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # whatever somebody's modelling code raises on a mask it does not expect
             return f"{type(lm).__name__} does not run on a tree mask ({type(error).__name__}: {error})"
     for i, expected in enumerate(alone):
         found = together[packed.sequences[i], packed.places[i, : len(expected)]]
@@ -235,3 +257,20 @@ def _probe(lm: nn.Module, tolerance: float = 1e-3) -> str | None:
         if not (found - expected).abs().max() <= allowed * expected.abs().max().clamp(min=1):
             return f"{type(lm).__name__} gives a token in a tree other hidden states than in its row"
     return None
+
+
+@torch.no_grad()
+def _draws_in_training(lm: nn.Module) -> bool:
+    """Whether two training forwards of the same tokens differ: dropout or router noise under any name."""
+    ids = torch.arange(8, device=next(lm.parameters()).device)[None] % lm.config.get_text_config().vocab_size
+    modes = [(module, module.training) for module in lm.modules()]
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for module, _ in modes:
+                module.training = True
+            first, second = (lm.base_model(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-5)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -82,7 +83,6 @@ class PreferenceConfig(PolicyConfig):
         if self.tokens_per_batch is not None:
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be positive, got {self.tokens_per_batch}")
-            self.accelerator_config.even_batches = False  # they are: the sampler makes as many for every process
         elif self.group_by_prompt:
             raise ValueError("group_by_prompt needs tokens_per_batch: a fixed number of pairs may tear a prompt apart")
         self.objective()
@@ -142,21 +142,23 @@ class PreferenceTrainer(BaseTrainer):
         processing_class = processing_class or tokenizer_of(model)
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass pairs with prompt, chosen and rejected")
-        convert = partial(
+        if isinstance(train_dataset, Mapping):
+            raise ValueError(f"train_dataset must be one set of pairs, got {sorted(train_dataset)}; pass one of them")
+        self._tokenize = partial(
             tokenize_pairs,
             tokenizer=processing_class,
             max_length=args.max_length,
             overlong=args.overlong,
             in_memory=args.redact,
         )
-        train = convert(train_dataset, name="train")
-        evaluated = None if eval_dataset is None else convert(eval_dataset, name="eval")
+        train = self._tokenize(train_dataset, name="train")
+        evaluated = self._tokenized_for_evaluation(eval_dataset)
         arrived_with_adapter = arrives_with_adapter(model)
         if args.tokens_per_batch is not None and not hasattr(train, "__len__"):
             raise ValueError("tokens_per_batch needs the rows beforehand; a stream needs per_device_train_batch_size")
         model = set_up_policy(model, args, peft_config)
         self._batches: TokenBudgetBatches | None = None
-        self._sums, self._eval_sums = MetricSums(), MetricSums()
+        self._sums, self._eval_rows = MetricSums(), {}
         super().__init__(
             model=model,
             args=args,
@@ -177,7 +179,7 @@ class PreferenceTrainer(BaseTrainer):
             pad_token_id=padding_id(processing_class),
             accelerator=self.accelerator,
         )
-        known_beforehand = all(rows is None or hasattr(rows, "__len__") for rows in (train, evaluated))
+        known_beforehand = all(hasattr(rows, "__len__") for rows in self._sets())
         with self.accelerator.autocast():
             self.reference = choose_reference(
                 args.reference,
@@ -188,10 +190,25 @@ class PreferenceTrainer(BaseTrainer):
                 given=reference,
             )
 
+    def _sets(self) -> list[Any]:
+        """The training set and every evaluation set."""
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        return [rows for rows in (self.train_dataset, *evaluated.values()) if rows is not None]
+
     def _rows_to_cache(self) -> Iterator[Mapping[str, Any]]:
-        for rows in (self.train_dataset, self.eval_dataset):
-            for row in rows or ():
+        for rows in self._sets():
+            for row in rows:
                 yield from (answer(row, side) for side in PAIR)
+
+    def _tokenized_for_evaluation(self, data: Any) -> Any:
+        """One set of pairs, or several by name; what is tokenised already is left alone."""
+        if data is None or isinstance(data, str):
+            return data
+        if isinstance(data, Mapping):
+            return {name: self._tokenized_for_evaluation(rows) for name, rows in data.items()}
+        if "prompt_ids" in (getattr(data, "column_names", None) or ()):
+            return data
+        return self._tokenize(data, name="eval")
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.tokens_per_batch is None:
@@ -212,7 +229,12 @@ class PreferenceTrainer(BaseTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        loading = self.accelerator.dataloader_config
+        evened, loading.even_batches = loading.even_batches, False  # the sampler made as many for every process
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            loading.even_batches = evened
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the number of pairs of the whole step."""
@@ -230,7 +252,7 @@ class PreferenceTrainer(BaseTrainer):
         values = self.objective(**pair)
         loss = values.sum() / step["counts"] * step["share"]
         stop_if_not_finite(self, loss, inputs, {"pairs": inputs["rows"].tolist()})
-        self._record(pair, self._sums if model.training else self._eval_sums)
+        self._record(pair, values, inputs["rows"] if not model.training else None)
         return (loss, {"values": values}) if return_outputs else loss
 
     def _pair(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, SequenceLogps]:
@@ -253,16 +275,40 @@ class PreferenceTrainer(BaseTrainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     @torch.no_grad()
-    def _record(self, pair: Mapping[str, SequenceLogps], sums: MetricSums) -> None:
-        """Each side apart: a margin can grow while both answers become less likely."""
-        for side, sequence in pair.items():
-            sums.add(f"{side}/logp", sequence.means)
-            if sequence.ref_logps is not None:
-                sums.add(f"{side}/log_ratio", sequence.log_ratio)
+    def _record(self, pair: Mapping[str, SequenceLogps], values: Tensor, evaluated: Tensor | None) -> None:
+        """Each side apart: a margin can grow while both answers become less likely.
+
+        In an evaluation by row number: several processes repeat rows to fill the last round of batches.
+        """
         chosen, rejected = pair["chosen"], pair["rejected"]
         margin = chosen.sums - rejected.sums if chosen.ref_logps is None else chosen.log_ratio - rejected.log_ratio
-        sums.add("margin", margin)
-        sums.add("accuracy", (margin > 0).float())
+        found = {"margin": margin, "accuracy": (margin > 0).float()}
+        for side, sequence in pair.items():
+            found[f"{side}/logp"] = sequence.means
+            if sequence.ref_logps is not None:
+                found[f"{side}/log_ratio"] = sequence.log_ratio
+        if evaluated is None:
+            for name, numbers in found.items():
+                self._sums.add(name, numbers)
+            return
+        columns = {name: numbers.float().tolist() for name, numbers in {**found, "loss": values}.items()}
+        for i, row in enumerate(evaluated.tolist()):
+            self._eval_rows[row] = {name: numbers[i] for name, numbers in columns.items()}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean objective (`eval_loss`), accuracy, margin and each side's numbers over the pairs of an evaluation set.
+
+        Args:
+            eval_dataset: pairs, or several sets by name; the trainer's if not given.
+            ignore_keys, metric_key_prefix: as in transformers.
+        """
+        return super().evaluate(self._tokenized_for_evaluation(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._eval_rows = {}
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last logging step or during the evaluation, over all processes."""
@@ -271,8 +317,9 @@ class PreferenceTrainer(BaseTrainer):
             logs.update(self._sums.flush())
         evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
         if evaluated is not None:
-            prefix = evaluated.removesuffix("loss")
-            logs.update({f"{prefix}{name}": value for name, value in self._eval_sums.flush().items()})
+            rows = {row: found for part in gather_object([self._eval_rows]) for row, found in part.items()}
+            prefix, columns = evaluated.removesuffix("loss"), next(iter(rows.values()))
+            logs.update({prefix + name: sum(found[name] for found in rows.values()) / len(rows) for name in columns})
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -53,7 +53,9 @@ def tell_step_totals(
         batch["step"] = {"counts": counts, "share": share, **more}
 
 
-def stop_if_not_finite(trainer: Any, loss: Tensor, inputs: Mapping[str, Any], rows: Mapping[str, list[int]]) -> None:
+def stop_if_not_finite(
+    trainer: Any, loss: Tensor, inputs: Mapping[str, Any], rows: Mapping[str, list[int]], instead: str = ""
+) -> None:
     """Raise `NonFiniteLossError`, the rows of the batch written to disk, unless `loss` is a number.
 
     Args:
@@ -61,6 +63,7 @@ def stop_if_not_finite(trainer: Any, loss: Tensor, inputs: Mapping[str, Any], ro
         loss: of the batch.
         inputs: the batch; its texts are written too, unless `redact`.
         rows: row numbers in the data set, by side.
+        instead: what else to use, for the message.
     """
     if torch.isfinite(loss):
         return
@@ -71,6 +74,6 @@ def stop_if_not_finite(trainer: Any, loss: Tensor, inputs: Mapping[str, Any], ro
         dump["texts"] = trainer.processing_class.batch_decode(inputs["input_ids"])
     write_json(path, dump)
     raise NonFiniteLossError(
-        f"the loss is {loss.item()} at step {step}; the rows of this batch are in {path}. Lower the learning rate, or "
-        "use a bounded objective (npo, simnpo) in place of an unbounded one (grad_ascent)"
+        f"the loss is {loss.item()} at step {step}; the rows of this batch are in {path}. Lower the learning rate"
+        + (f", or use {instead}" if instead else "")
     )

@@ -211,7 +211,9 @@ class UnlearningTrainer(BaseTrainer):
             retain = self.retain_loss(sequences["retain"]) if retain is None else retain
             loss = loss + self.args.retain_weight * _reduce(retain, "retain", step)
         rows = inputs["rows"].tolist()
-        stop_if_not_finite(self, loss, inputs, {side: rows[at] for side, at in side_slices(inputs["sides"]).items()})
+        by_side = {side: rows[at] for side, at in side_slices(inputs["sides"]).items()}
+        bounded = "a bounded objective (npo, simnpo) in place of an unbounded one (grad_ascent)"
+        stop_if_not_finite(self, loss, inputs, by_side, instead=bounded)
         self._record(sequences, outputs)
         return (loss, outputs) if return_outputs else loss
 

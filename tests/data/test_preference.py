@@ -77,3 +77,20 @@ def test_a_batch_holds_all_chosen_answers_above_all_rejected_ones():
     lengths = [len(row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
     assert batch["completion_lengths"].tolist() == lengths
     assert batch["rows"].tolist() == [0, 1]
+
+
+def test_a_text_prompt_beside_two_chats_is_implicit():
+    question, answers = {"role": "user", "content": "Capital of France?"}, ("Paris", "Rome")
+    chats = [[question, {"role": "assistant", "content": text}] for text in answers]
+    row = {"prompt": question["content"], "chosen": chats[0], "rejected": chats[1]}
+    explicit = {"prompt": [question], "chosen": chats[0][1:], "rejected": chats[1][1:]}
+    assert tokenize([row])[0] == tokenize([explicit])[0]
+
+
+def test_a_bad_side_is_named():
+    with pytest.raises(RowError, match="preference row 0: rejected: the completion is empty"):
+        tokenize([{**PAIR, "rejected": " "}])
+    with pytest.raises(RowError, match="chosen and rejected must both be text"):
+        tokenize([{**PAIR, "rejected": [{"role": "assistant", "content": "Rome"}]}])
+    with pytest.raises(RowError, match="chosen or rejected is empty"):
+        tokenize([{"chosen": "", "rejected": "Rome"}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -17,10 +17,14 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -51,6 +55,11 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 
 def with_attention(model: nn.Module, implementation: str) -> nn.Module:
     model.set_attn_implementation(implementation)
+    return model
+
+
+def without_layers(model: nn.Module) -> nn.Module:
+    model.model.layers = nn.Sequential(*model.model.layers)
     return model
 
 
@@ -202,7 +211,31 @@ def test_tokens_are_counted_in_training_forwards_only():
     assert (counts.rows, counts.distinct, counts.processed) == (8 + 7, 10, 10)
 
 
+def with_adapter(config) -> nn.Module:
+    return get_peft_model(tiny_lm(), config)
+
+
 REFUSED = {
+    "local attention": (
+        lambda: GPTNeoForCausalLM(
+            GPTNeoConfig(
+                **{"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window_size": 4},
+                attention_types=[[["global", "local"], 1]],
+            )
+        ),
+        "local attention layers count distance in memory",
+    ),
+    "prefix tuning": (
+        lambda: with_adapter(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        "puts virtual tokens before each row",
+    ),
+    "activated LoRA": (
+        lambda: with_adapter(
+            LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[14, 15])
+        ),
+        "looks for its invocation tokens",
+    ),
+    "layers in no list": (lambda: without_layers(tiny_lm()), "keeps its 2 decoder layers in no list"),
     "state space": (
         lambda: MambaForCausalLM(MambaConfig(**{**SMALL, "state_size": 4})),
         "attn_implementation|position_ids",
@@ -223,7 +256,7 @@ def test_models_that_cannot_share_exactly_say_why_and_go_on_padded(name):
     with pytest.raises(ValueError, match=words):
         set_prefix_sharing(model, "on")
     assert set_prefix_sharing(model, "auto")
-    assert packed_batch(model, collate(PAIR, 0)) is None
+    assert packed_batch(causal_lm(model).train(), collate(PAIR, 0)) is None
 
 
 def test_with_dropout_evaluation_is_packed_and_training_is_not():
@@ -251,6 +284,28 @@ def test_noise_on_the_embeddings_is_refused_in_training_only():
     assert packed_batch(model.eval(), collate(PAIR, 0)) is not None
     with pytest.raises(ValueError, match="NEFTune"):
         packed_batch(model.train(), collate(PAIR, 0))
+
+
+def test_noise_that_is_no_dropout_module_is_found_by_running_twice():
+    model = tiny_lm()
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+    layer.forward = lambda x: original(x) + (torch.rand_like(x) if layer.training else 0)
+    state = torch.get_rng_state()
+    assert "draws random numbers in training" in set_prefix_sharing(model, "auto")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    model._prefix_sharing.cost = sharing.Cost(1.0, 0.0)
+    assert packed_batch(model.eval(), collate(PAIR, 0)) is not None
+    assert packed_batch(model.train(), collate(PAIR, 0)) is None
+
+
+def test_disable_dropout_reaches_numbers_that_modules_hold():
+    config = OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.3})
+    model = OPTForCausalLM(config).train()
+    disable_dropout(model)
+    ids = torch.arange(5, 20)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 class DistanceBias(nn.Module):

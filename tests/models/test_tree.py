@@ -1,4 +1,4 @@
-"""Packing itself, without a model; `test_tree_forward.py` has the values and gradients."""
+"""Packing itself, without a model; `test_sharing.py` has the values and gradients."""
 
 import torch
 from hypothesis import given, settings

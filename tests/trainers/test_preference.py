@@ -176,7 +176,7 @@ def test_streams_train_like_lists(prefer, pairs):
     ("change", "words"),
     [
         ({"rejected": None}, "train row 1: column 'rejected' is missing"),
-        ({"chosen": [{"role": "assistant", "content": " "}]}, "train row 1: the completion is empty"),
+        ({"chosen": [{"role": "assistant", "content": " "}]}, "train row 1: chosen: the completion is empty"),
     ],
 )
 def test_a_broken_row_is_named(prefer, pairs, change, words):
@@ -195,7 +195,7 @@ def test_settings_that_cannot_work_are_refused_at_construction(prefer):
 
 def batches_of(trainer, epoch: int) -> list[list[int]]:
     loader = trainer.get_train_dataloader()
-    trainer._batches.set_epoch(epoch)
+    loader.set_epoch(epoch)
     return [batch["rows"].tolist() for batch in loader]
 
 
@@ -205,7 +205,7 @@ def test_a_token_budget_fills_batches_with_pairs_of_similar_length(prefer, pairs
     batches = batches_of(trainer, 0)
     assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
     assert batches_of(trainer, 0) == batches
-    assert any(batches_of(trainer, epoch) != batches for epoch in (1, 2, 3))
+    assert any(batches_of(trainer, epoch) != batches for epoch in range(1, 9))
     for batch in batches:
         longest = max(
             len(rows[i]["prompt_ids"]) + len(rows[i][f"{s}_ids"]) for i in batch for s in ("chosen", "rejected")
@@ -241,3 +241,23 @@ def test_a_stream_cannot_be_sorted_into_a_budget(prefer, pairs):
 
     with pytest.raises(ValueError, match="tokens_per_batch needs the rows beforehand"):
         prefer(data=Dataset.from_list(pairs).to_iterable_dataset(), reference="copy", tokens_per_batch=100)
+
+
+def test_several_evaluation_sets_and_new_rows_are_scored(prefer, pairs):
+    sets = {"easy": pairs[:3], "hard": pairs[3:]}
+    trainer = prefer(train=False, trainer_kwargs={"eval_dataset": sets})
+    metrics = trainer.evaluate()
+    assert {"eval_easy_loss", "eval_hard_margin", "eval_hard_accuracy", "eval_easy_chosen/logp"} <= set(metrics)
+    same = trainer.evaluate(pairs[:3])
+    assert same["eval_margin"] == pytest.approx(metrics["eval_easy_margin"], abs=1e-6)
+    with pytest.raises(KeyError, match="not there at construction"):
+        trainer.evaluate([{**pairs[0], "chosen": [{"role": "assistant", "content": "Something new."}]}])
+    with pytest.raises(ValueError, match="train_dataset must be one set of pairs"):
+        prefer(data=sets, train=False)
+
+
+def test_a_prediction_does_not_leak_into_the_next_evaluation(prefer, pairs):
+    trainer = prefer(trainer_kwargs={"eval_dataset": pairs[:3]}, reference="copy")
+    before = trainer.evaluate()["eval_margin"]
+    trainer.predict(trainer._tokenized_for_evaluation(pairs[3:]))
+    assert trainer.evaluate()["eval_margin"] == before

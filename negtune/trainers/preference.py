@@ -65,8 +65,9 @@ class PreferenceConfig(PolicyConfig):
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a batch on each process, in place of per_device_train_batch_size: pairs of similar "
-            "length fill it, redrawn every epoch, so that little is padding."
+            "help": "Tokens of a batch on each process, in place of per_device_train_batch_size: pairs of similar "
+            "length fill it, redrawn every epoch, so that little is padding. Where prefixes are shared a prompt counts "
+            "once."
         },
     )
     group_by_prompt: bool = field(
@@ -83,6 +84,10 @@ class PreferenceConfig(PolicyConfig):
         if self.tokens_per_batch is not None:
             if self.tokens_per_batch < 1:
                 raise ValueError(f"tokens_per_batch must be positive, got {self.tokens_per_batch}")
+            if self.accelerator_config.split_batches:
+                raise ValueError(
+                    "tokens_per_batch is for each process; set split_batches to false in accelerator_config"
+                )
         elif self.group_by_prompt:
             raise ValueError("group_by_prompt needs tokens_per_batch: a fixed number of pairs may tear a prompt apart")
         self.objective()
@@ -228,6 +233,8 @@ class PreferenceTrainer(BaseTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         loading = self.accelerator.dataloader_config
         evened, loading.even_batches = loading.even_batches, False  # the sampler made as many for every process

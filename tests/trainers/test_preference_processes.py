@@ -1,0 +1,86 @@
+"""PreferenceTrainer in two gloo processes: same losses, weights and metrics as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from negtune import PreferenceConfig, PreferenceTrainer
+from negtune.models.tiny import tiny_lm, tiny_tokenizer
+
+out, batch, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
+words = "France Italy Spain Japan Egypt Kenya Peru Norway".split()
+pairs = [
+    {"prompt": f"Where is {word}?", "chosen": f" {word} is here" * (i % 3 + 1), "rejected": " I do not know"}
+    for i, word in enumerate(words)
+]
+trainer = PreferenceTrainer(
+    model=tiny_lm(dtype=torch.float64),
+    args=PreferenceConfig(
+        output_dir=out, per_device_train_batch_size=batch, per_device_eval_batch_size=batch, tokens_per_batch=budget,
+        num_train_epochs=2, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", logging_steps=1,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, seed=3, reference="copy",
+    ),
+    train_dataset=pairs,
+    eval_dataset=pairs[:3],
+    processing_class=tiny_tokenizer(),
+)
+trainer.train()
+metrics = trainer.evaluate()
+if PartialState().is_main_process:
+    result = {
+        "world": PartialState().num_processes,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "weights": sum(p.detach().abs().sum().item() for p in trainer.model.parameters()),
+        "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "runtime" not in k},
+    }
+    json.dump(result, open(f"{out}/result.json", "w"))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    def run(processes: int, batch: int, budget: int = 0) -> dict:
+        script, out = tmp_path / "script.py", tmp_path / f"run{processes}"
+        script.write_text(SCRIPT, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", str(29700 + os.getpid() % 200 + processes), str(script)]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(out), str(batch), str(budget)],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(Path(out, "result.json").read_text())
+
+    return run
+
+
+def test_two_processes_train_and_evaluate_like_one(launch):
+    """Three evaluation pairs on two processes: one is scored twice to fill the round, and may count once only."""
+    one, two = launch(1, 4), launch(2, 2)
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6, abs=1e-7)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
+
+
+def test_token_budgets_give_two_processes_as_many_steps_and_all_evaluation_rows(launch):
+    result = launch(2, 2, budget=60)
+    assert result["world"] == 2
+    assert len(result["losses"]) >= 4
+    assert 0 <= result["metrics"]["eval_accuracy"] <= 1

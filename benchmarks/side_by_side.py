@@ -36,7 +36,7 @@ def write_result(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RE
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "name": name,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])]),
         "commit": repository_commit(),
         "machine": {**machine(), "threads": torch.get_num_threads()},
         "versions": versions(),
@@ -45,6 +45,11 @@ def write_result(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RE
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _without_folders(argument: str) -> str:
+    """Paths of this machine say nothing to others."""
+    return f"DATA/{Path(argument).name}" if "/" in argument else argument
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -123,9 +123,7 @@ def run_peer(args: argparse.Namespace) -> tuple[float, int, list[float]]:
         ]
 
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    config = PeerConfig(
-        learning_rate=1e-5, num_epochs=1, batch_size=args.rows, device="cpu", logging_steps=1000, seed=0
-    )
+    config = PeerConfig(learning_rate=1e-5, num_epochs=1, batch_size=args.rows, device="cpu", logging_steps=1, seed=0)
     unlearner = Timed(model, tokenizer, config, beta=0.1, retain_weight=1.0)
     unlearner.fit(ForgetRetainDataset(as_text(task.forget), as_text(task.retain)))
     gaps = [b - a for a, b in zip(Timed.times, Timed.times[1:], strict=False)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from negtune.data.completions import RowError, collate, tokenize_row
-from negtune.data.mapping import Overlong, map_rows, room, tokenizer_digest
+from negtune.data.mapping import Overlong, convert_rows, room, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,10 @@ def tokenize_pairs(
         except RowError as error:
             raise RowError(f"{name} row {index}: {error}") from None
 
-    if isinstance(data, datasets.IterableDataset):
-        columns = list(data.column_names or next(iter(data)))
-        stream = data.map(convert, with_indices=True, remove_columns=columns)
-        return stream.filter(lambda row: not row["dropped"] and not row["tied"])
-    if isinstance(data, datasets.Dataset):
-        settings = ["pairs", _FORMAT, tokenizer_digest(tokenizer), name, max_length, overlong]
-        rows = map_rows(data, convert, settings, in_memory)
-    else:
-        rows = datasets.Dataset.from_list([convert(row, index) for index, row in enumerate(data)])
+    settings = ["pairs", _FORMAT, tokenizer_digest(tokenizer), name, max_length, overlong]
+    rows = convert_rows(data, convert, settings, in_memory)
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(lambda row: not row["dropped"] and not row["tied"])
     if len(rows) == 0:
         raise RowError(f"the {name} set is empty; it needs at least one pair")
     dropped, cut, tied = (sum(rows[column]) for column in ("dropped", "truncated", "tied"))

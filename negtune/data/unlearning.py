@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from negtune.data.completions import RowError, content_key, tokenize_row
-from negtune.data.mapping import Overlong, map_rows, room, tokenizer_digest
+from negtune.data.mapping import Overlong, convert_rows, room, tokenizer_digest
 from negtune.data.pairing import ForgetRetainDataset, ForgetRetainStream
 
 logger = logging.getLogger(__name__)
@@ -90,19 +90,10 @@ def tokenize_side(
     def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         return _convert(row, index, side, tokenizer, max_length, overlong, with_alternatives)
 
-    if isinstance(data, datasets.IterableDataset):
-        columns = list(data.column_names or next(iter(data)))
-        stream = data.map(convert, with_indices=True, remove_columns=columns)
-        return stream.filter(lambda row: not row["dropped"])
-    if isinstance(data, datasets.Dataset):
-        rows = map_rows(
-            data,
-            convert,
-            [_FORMAT, tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives],
-            in_memory,
-        )
-    else:
-        rows = datasets.Dataset.from_list([convert(row, index) for index, row in enumerate(data)])
+    settings = [_FORMAT, tokenizer_digest(tokenizer), side, max_length, overlong, with_alternatives]
+    rows = convert_rows(data, convert, settings, in_memory)
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(lambda row: not row["dropped"])
     if len(rows) == 0:
         raise RowError(f"the {side} set is empty; an objective needs at least one row")
     dropped, cut, alternatives = (sum(rows[name]) for name in ("dropped", "truncated", "alternatives_overlong"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,13 +176,7 @@ class PreferenceTrainer(BaseTrainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressTable(PROGRESS, ("loss", "accuracy", "margin")))
-        cache = LogpCache(
-            folder=Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache"),
-            rows=self._rows_to_cache,
-            batch_size=args.per_device_eval_batch_size,
-            pad_token_id=padding_id(processing_class),
-            accelerator=self.accelerator,
-        )
+        cache = LogpCache.for_trainer(self, self._rows_to_cache)
         known_beforehand = all(hasattr(rows, "__len__") for rows in self._sets())
         with self.accelerator.autocast():
             self.reference = choose_reference(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from negtune.data.batching import longest_first
-from negtune.data.completions import collate, content_key
+from negtune.data.completions import collate, content_key, padding_id
 from negtune.models.policy import is_peft, on_device, sharded_at_load
 from negtune.models.reference import (
     AdapterReference,
@@ -42,6 +42,18 @@ class LogpCache:
     batch_size: int
     pad_token_id: int
     accelerator: Any
+
+    @classmethod
+    def for_trainer(cls, trainer: Any, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> LogpCache:
+        """The cache where a trainer's settings put it, by default under its output folder."""
+        args = trainer.args
+        return cls(
+            folder=Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache"),
+            rows=rows,
+            batch_size=args.per_device_eval_batch_size,
+            pad_token_id=padding_id(trainer.processing_class),
+            accelerator=trainer.accelerator,
+        )
 
     def of(self, reference: Reference, model: nn.Module, *, only_base: bool) -> CachedReference:
         """The file for `reference`, made if it is missing. `only_base`: the adapter plays no part in what it says."""

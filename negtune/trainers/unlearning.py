@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,13 +131,7 @@ class UnlearningTrainer(BaseTrainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressTable())
-        cache = LogpCache(
-            folder=Path(args.reference_cache_dir or Path(args.output_dir) / "reference_cache"),
-            rows=self._rows_to_cache,
-            batch_size=args.per_device_eval_batch_size,
-            pad_token_id=padding_id(processing_class),
-            accelerator=self.accelerator,
-        )
+        cache = LogpCache.for_trainer(self, self._rows_to_cache)
         with self.accelerator.autocast():
             self.reference = choose_reference(
                 args.reference,

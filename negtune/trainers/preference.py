@@ -229,12 +229,7 @@ class PreferenceTrainer(BaseTrainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        loading = self.accelerator.dataloader_config
-        evened, loading.even_batches = loading.even_batches, False  # the sampler made as many for every process
-        try:
-            return self.accelerator.prepare(loader)
-        finally:
-            loading.even_batches = evened
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the number of pairs of the whole step."""

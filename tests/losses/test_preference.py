@@ -68,6 +68,9 @@ def test_ipo_of_one_pair_by_hand():
     assert_close(ipo(chosen, rejected, beta=0.25), torch.tensor([0.25], dtype=torch.float64))
     # per token: 1/2 and -.5, margin 1: (1 - 2)^2
     assert_close(ipo_mean(chosen, rejected, beta=0.25), torch.tensor([1.0], dtype=torch.float64))
+    # a rejected answer of two tokens with r = -1.5, -.75 each: margin 1.25
+    longer = sequence([[-2.0, -2.0]], [[-1.5, -1.0]])
+    assert_close(ipo_mean(chosen, longer, beta=0.25), torch.tensor([0.5625], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("objective", [ipo, ipo_mean])

@@ -130,6 +130,21 @@ def test_micro_batches_change_nothing(prefer, knowing_folder, micro, accumulate)
         assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_unequal_micro_batches_still_average_over_pairs(prefer, knowing_folder, pairs):
+    """Seven pairs as 2 + 2 + 2 + 1: a mean of means would give the last pair twice its weight."""
+    settings = {"optim": "sgd", "max_steps": 3, "learning_rate": 0.02, "reference": "copy", "data": pairs[:7]}
+    whole = prefer(load(knowing_folder, torch.float64), per_device_train_batch_size=7, **settings)
+    parts = prefer(
+        load(knowing_folder, torch.float64),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        **settings,
+    )
+    assert_close(losses(parts), losses(whole), rtol=1e-6, atol=1e-6)
+    for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"reference": "cached"}, {"reference": "copy"}, {"lora": True}, {"lora": True, "gradient_checkpointing": True}],

@@ -99,7 +99,7 @@ def set_prefix_sharing(
         lm._prefix_sharing = Sharing(mode, _cost(lm), _window(lm.config.get_text_config()), budget, noisy)
         reason = _noise(lm)
     if reason is not None and mode == "on":
-        raise ValueError(f"prefix_sharing=on is not possible: {reason}; set it to auto or off")
+        raise ValueError(f"prefix_sharing=on is not possible: {reason}, or set prefix_sharing to auto or off")
     return reason
 
 

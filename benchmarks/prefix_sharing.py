@@ -1,4 +1,4 @@
-"""A DPO step of negtune against TRL's `DPOTrainer`: same model, same pairs, same optimiser, float32 in both.
+"""A DPO step of negtune against TRL's `DPOTrainer`: same weights, same pairs, same optimiser, float32 in both.
 
 a. ordinary pairs: a question, a right and a wrong solution.
 b. per-step pairs: a question and the first steps of its solution, then the right or a wrong next step.
@@ -6,8 +6,9 @@ r. the same with the whole rest of the solution.
 c. trees: one long prompt with eight answers, as four disjoint pairs in one batch (TRL trains on the same four).
 
 Wrong solutions are right ones with other numbers. The reference is computed on the fly in both (adapter switched off,
-or a frozen copy), or cached in both. The two trainers take turns, `--rounds` times; seconds are medians over optimiser
-steps, the first of every turn left out.
+or a frozen copy), or cached in both. The two take turns, `--rounds` times, each time in a fresh process; seconds are
+medians over optimiser steps, the first of every process left out. There is no ratio unless the losses of the first
+three steps agree to 1e-4.
 
     python benchmarks/prefix_sharing.py --data_dir FOLDER
 
@@ -17,12 +18,13 @@ FOLDER has GSM8K's `train.jsonl.gz`; without it synthetic sums of the same shape
 from __future__ import annotations
 
 import argparse
-import gc
 import gzip
 import json
 import logging
 import random
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -38,6 +40,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from negtune import PreferenceConfig, PreferenceTrainer
+from negtune.eval.run import peak_rss_mib
 from negtune.models.load import load_model
 
 CASES = {
@@ -54,6 +57,9 @@ MODES = {
     "full, cached": {"lora": False, "cached": True},
 }
 DEFAULT_MODES = ["LoRA, adapter off", "LoRA, cached"]
+ANSWERS = ("chosen", "rejected")
+AGREEMENT = 1e-4
+"""Largest difference of a step's losses. TRL rounds none of them, nor do we."""
 
 
 class Clock(TrainerCallback):
@@ -78,55 +84,91 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--modes", nargs="+", default=DEFAULT_MODES, choices=list(MODES))
-    parser.add_argument("--steps", type=int, default=3, help="of each turn; the first is left out")
+    parser.add_argument("--steps", type=int, default=4, help="of each process, at least 3; the first is not timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--one", nargs=4, metavar=("WHO", "CASE", "MODE", "FILE"), help="internal: one process's part")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for noisy in ("transformers", "trl", "negtune"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if args.steps < 3:
+        parser.error("--steps must be at least 3: the losses of three steps are compared")
+    if args.one:
+        run_one(args, *args.one)
+        return
     rows = []
     for case in args.cases:
-        pairs = PAIRS[case](problems(args.data_dir), CASES[case][1] * args.steps)
-        rows += [compare(args, case, mode, pairs) for mode in args.modes]
+        rows += [compare(args, case, mode) for mode in args.modes]
         write_result("prefix_sharing" + ("_cuda" if torch.cuda.is_available() else ""), rows)
         print(table(rows[-len(args.modes) :]), flush=True)
     print(table(rows))
 
 
-def compare(args: argparse.Namespace, case: str, mode: str, pairs: list[dict[str, str]]) -> dict[str, Any]:
-    """Seconds a step of both trainers on the same pairs in the same order."""
+def compare(args: argparse.Namespace, case: str, mode: str) -> dict[str, Any]:
+    """Seconds a step of both trainers on the same pairs in the same order; no number unless their losses agree."""
     name, size, reach = CASES[case]
-    settings = MODES[mode]
-    spent: dict[str, list[float]] = {"ours": [], "peer": []}
-    first_loss, counts = {}, {}
-    for _ in range(args.rounds):
-        for who, build in (("ours", ours), ("peer", peer)):
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = build(args, settings, size, pairs, folder)
-                clock = Clock()
-                trainer.add_callback(clock)
-                trainer.train()
-            spent[who] += clock.seconds
-            logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-            first_loss[who] = logged[0]["loss"]
-            counts |= {key: logged[0][key] for key in ("tokens/shared", "tokens/padding") if key in logged[0]}
-            del trainer
-            gc.collect()  # trainers are full of cycles, and the next one needs the memory
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "one.json")
+        for _ in range(args.rounds):
+            for who, runs in found.items():
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", who, case, mode, str(file)]
+                subprocess.run(command, check=True)
+                runs.append(json.loads(file.read_text()))
+    first = {who: runs[0] for who, runs in found.items()}
+    apart = max(abs(a - b) for a, b in zip(*(run["losses"][:3] for run in first.values()), strict=True))
+    if not apart <= AGREEMENT or first["ours"]["trained"] != first["peer"]["trained"]:
+        raise SystemExit(f"{case}, {mode}: not the same training, so nothing to compare: {json.dumps(first, indent=1)}")
+    seconds = {who: [s for run in runs for s in run["seconds"]] for who, runs in found.items()}
+    middle = {who: median(values) for who, values in seconds.items()}
+    more = {key: value for key, value in first["ours"].items() if key.startswith("tokens/")}
+    tokens = more.pop("tokens/row") * 2 * size
     return row(
         f"{case}: {name}; {mode}",
-        *(median(spent[who]) for who in ("ours", "peer")),
+        middle["ours"],
+        middle["peer"],
         "s/step",
         reach if "full" not in mode else None,
-        **{"pairs_per_step": size, "first_loss": first_loss, **counts, "seconds": spent},
+        pairs_per_step=size,
+        losses={who: run["losses"] for who, run in first.items()},
+        row_tokens_per_second={who: tokens / value for who, value in middle.items()},
+        peak_mib={who: max(run["peak_mib"] for run in runs) for who, runs in found.items()},
+        trained=first["ours"]["trained"],
+        seconds=seconds,
+        **more,
     )
+
+
+def run_one(args: argparse.Namespace, who: str, case: str, mode: str, file: str) -> None:
+    """Train with one of the two and write what it took."""
+    for noisy in ("transformers", "trl", "negtune"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    size = CASES[case][1]
+    pairs = PAIRS[case](problems(args.data_dir), size * args.steps)
+    torch.manual_seed(0)  # the adapter's first weights
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (ours if who == "ours" else peer)(args, MODES[mode], size, pairs, folder)
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    lengths = [len(trainer.processing_class(p["prompt"] + p[side])["input_ids"]) for p in pairs for side in ANSWERS]
+    on_gpu = torch.cuda.is_available()
+    result = {
+        "losses": [entry["loss"] for entry in logged],
+        "seconds": clock.seconds,
+        "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_rss_mib(),
+        "tokens/row": sum(lengths) / len(lengths),
+        **{key: logged[0][key] for key in ("tokens/shared", "tokens/padding") if key in logged[0]},
+    }
+    Path(file).write_text(json.dumps(result), encoding="utf-8")
 
 
 def shared_settings(args: argparse.Namespace, size: int, folder: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         **{"output_dir": folder, "per_device_train_batch_size": size, "max_steps": args.steps, "beta": 0.1},
-        **{"learning_rate": 1e-5, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "seed": 0},
+        **{"learning_rate": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "seed": 0},
         **{"save_strategy": "no", "disable_tqdm": True, "bf16": on_gpu, "gradient_checkpointing": False},
         **{
             "use_cpu": not on_gpu,

@@ -12,6 +12,8 @@ three steps agree to 1e-4.
 
     python benchmarks/prefix_sharing.py --data_dir FOLDER
 
+On two cores and by default this takes about twenty minutes, most of it TRL's steps on the trees.
+
 FOLDER has GSM8K's `train.jsonl.gz`; without it synthetic sums of the same shape are used.
 """
 
@@ -56,7 +58,7 @@ MODES = {
     "full, frozen copy": {"lora": False, "cached": False},
     "full, cached": {"lora": False, "cached": True},
 }
-DEFAULT_MODES = ["LoRA, adapter off", "LoRA, cached"]
+DEFAULT_CASES, DEFAULT_MODES = ["a", "b", "c"], ["LoRA, adapter off", "LoRA, cached", "full, frozen copy"]
 ANSWERS = ("chosen", "rejected")
 AGREEMENT = 1e-4
 """Largest difference of a step's losses. TRL rounds none of them, nor do we."""
@@ -82,10 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="folder with GSM8K's train.jsonl.gz; default: synthetic sums")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, choices=list(CASES))
     parser.add_argument("--modes", nargs="+", default=DEFAULT_MODES, choices=list(MODES))
-    parser.add_argument("--steps", type=int, default=4, help="of each process, at least 3; the first is not timed")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="of each process, at least 3; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", nargs=4, metavar=("WHO", "CASE", "MODE", "FILE"), help="internal: one process's part")
     args = parser.parse_args()
@@ -270,11 +272,11 @@ def per_step(items: list[dict[str, str]], count: int, *, whole_rest: bool = Fals
 
 
 def trees(items: list[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """A prompt of three solved problems and a question; four right answers in other words, four wrong ones."""
+    """A prompt of two solved problems and a question; four right answers in other words, four wrong ones."""
     pairs: list[dict[str, str]] = []
     short = [item for item in items if len(item["question"] + item["answer"]) < 420] or items
     for start in range(0, count, 4):
-        *solved, asked = short[start : start + 4]
+        *solved, asked = short[start : start + 3]
         examples = "".join(f"Question: {item['question']}\nAnswer: {item['answer']}\n\n" for item in solved)
         for opening in (" ", " Let us see. ", " Step by step: ", " First of all, "):
             pairs.append(

@@ -34,6 +34,7 @@ from transformers import (
 from negtune.data.completions import collate
 from negtune.models import sharing
 from negtune.models.forward import attach_scoring, completion_hidden, completion_logps, scored_tokens
+from negtune.models.load import load_model
 from negtune.models.policy import disable_dropout
 from negtune.models.reference import AdapterReference, FrozenCopy
 from negtune.models.sharing import packed_batch, set_prefix_sharing
@@ -136,6 +137,44 @@ def test_values_and_gradients_with_an_adapter_and_gradient_checkpointing(trainin
         one.gradient_checkpointing_enable({"use_reentrant": False})
     compare(packed, padded, ROWS)
     assert any("lora" in name for name in gradients(packed))
+
+
+def test_four_bit_weights_give_the_values_and_gradients_of_padded_rows(tiny_folder):
+    found = {}
+    for mode in ("on", "off"):
+        torch.manual_seed(0)
+        model, _ = load_model(tiny_folder, load_in_4bit=True)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        attach_scoring(model)
+        set_prefix_sharing(model, mode)
+        logps = completion_logps(model, collate(ROWS, 0))
+        (logps * torch.linspace(0.5, 2, logps.numel()).view_as(logps)).sum().backward()
+        found[mode] = {"logps": logps.detach(), **gradients(model)}
+    assert len(found["on"]) > 10
+    for name, expected in found["off"].items():
+        torch.testing.assert_close(
+            found["on"][name], expected, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=lambda m, n=name: n + m
+        )
+
+
+def test_under_bf16_autocast_a_tree_is_as_close_to_the_truth_as_padded_rows():
+    torch.manual_seed(0)
+    packed, padded = sharing_and_not(tiny_lm())
+    batch = collate(ROWS, 0)
+
+    def measured(model: nn.Module) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        logps = completion_logps(model, batch)
+        (logps * torch.linspace(0.5, 2, logps.numel()).view_as(logps)).sum().backward()
+        return {"logps": logps.detach().double(), **{n: g.double() for n, g in gradients(model).items()}}
+
+    truth = measured(padded)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_tree, in_rows = measured(packed.float()), measured(padded.float())
+    for name, exact in truth.items():
+        rounding = (in_rows[name] - exact).norm()
+        assert rounding > 0
+        assert (in_tree[name] - exact).norm() <= 2 * rounding, name
 
 
 def test_references_share_too():

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from negtune import PreferenceConfig, PreferenceTrainer
 from negtune.models.tiny import tiny_lm, tiny_tokenizer
 
-out, batch, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
+out, batch, budget, sharing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, sys.argv[4]
 words = "France Italy Spain Japan Egypt Kenya Peru Norway".split()
 pairs = [
     {"prompt": f"Where is {word}?", "chosen": f" {word} is here" * (i % 3 + 1), "rejected": " I do not know"}
@@ -30,6 +30,7 @@ trainer = PreferenceTrainer(
         output_dir=out, per_device_train_batch_size=batch, per_device_eval_batch_size=batch, tokens_per_batch=budget,
         num_train_epochs=2, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", logging_steps=1,
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, seed=3, reference="copy",
+        prefix_sharing=sharing,
     ),
     train_dataset=pairs,
     eval_dataset=pairs[:3],
@@ -42,6 +43,7 @@ if PartialState().is_main_process:
         "world": PartialState().num_processes,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "weights": sum(p.detach().abs().sum().item() for p in trainer.model.parameters()),
+        "shared": [row["tokens/shared"] for row in trainer.state.log_history if "loss" in row],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "runtime" not in k},
     }
     json.dump(result, open(f"{out}/result.json", "w"))
@@ -50,14 +52,14 @@ if PartialState().is_main_process:
 
 @pytest.fixture
 def launch(tmp_path):
-    def run(processes: int, batch: int, budget: int = 0) -> dict:
+    def run(processes: int, batch: int, budget: int = 0, sharing: str = "auto") -> dict:
         script, out = tmp_path / "script.py", tmp_path / f"run{processes}"
         script.write_text(SCRIPT, encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--master_port", str(29700 + os.getpid() % 200 + processes), str(script)]
         env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, str(out), str(batch), str(budget)],
+            [*command, str(out), str(batch), str(budget), sharing],
             cwd=tmp_path,
             env=env,
             capture_output=True,
@@ -77,6 +79,15 @@ def test_two_processes_train_and_evaluate_like_one(launch):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6, abs=1e-7)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
+
+
+def test_shared_prefixes_in_two_processes_train_like_padded_rows_in_one(launch):
+    padded, packed = launch(1, 4, sharing="off"), launch(2, 2, sharing="on")
+    assert max(padded["shared"]) == 0
+    assert min(packed["shared"]) > 0.1
+    assert packed["losses"] == pytest.approx(padded["losses"], rel=1e-6, abs=1e-7)
+    assert packed["weights"] == pytest.approx(padded["weights"], rel=1e-9)
+    assert packed["metrics"] == pytest.approx(padded["metrics"], rel=1e-5, abs=1e-6)
 
 
 def test_token_budgets_give_two_processes_as_many_steps_and_all_evaluation_rows(launch):

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from negtune.models.load import load_model
 from negtune.models.sharing import packs_in_training
 from negtune.models.structure import causal_lm
 
@@ -25,6 +26,10 @@ SHARED_PREFIX_SETTINGS = {
     "alternatives": {"loss_type": "idk_dpo", "reference": "copy"},
     "adapter off, checkpointing": {"loss_type": "idk_dpo", "lora": True, "gradient_checkpointing": True},
     "cached": {"loss_type": "idk_dpo", "reference": "cached"},
+    "accumulated": {
+        **{"loss_type": "idk_dpo", "reference": "copy"},
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    },
     "whole distributions": {"loss_type": "undial", "retain_loss_type": "kl", "reference": "copy"},
     "activations": {
         **{"loss_type": "rmu", "loss_kwargs": {"layer": 1, "steering": 5.0}, "reference": "copy"},
@@ -49,6 +54,33 @@ def test_sharing_prefixes_changes_nothing_but_the_number_of_tokens(unlearn, know
     assert first["off"]["tokens/shared"] == 0
     assert first["off"]["tokens/padding"] > 0
     assert first["on"]["tokens/shared"] > 0.1
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"load_in_4bit": True}], ids=["bf16", "QLoRA"])
+def test_sharing_prefixes_in_low_precision_trains_the_same(unlearn, knowing_folder, settings):
+    """The same numbers up to what rounding does to three steps; the direction is that of padded rows."""
+    four_bit = settings.pop("load_in_4bit", False)
+    runs = {}
+    for mode in ("on", "off"):
+        torch.manual_seed(0)
+        model, _ = load_model(knowing_folder, load_in_4bit=four_bit)
+        runs[mode] = unlearn(
+            model,
+            prefix_sharing=mode,
+            trainer_kwargs={"peft_config": LORA},
+            **{"optim": "sgd", "max_steps": 3, "learning_rate": 0.05, "loss_type": "idk_dpo"},
+            **settings,
+        )
+    assert runs["on"].state.log_history[0]["tokens/shared"] > 0.1
+    allowed = 0.02 if "bf16" in settings else 1e-4
+    torch.testing.assert_close(losses(runs["on"]), losses(runs["off"]), rtol=allowed, atol=allowed)
+    moved = {mode: trained_vector(run.model) for mode, run in runs.items()}
+    assert torch.cosine_similarity(moved["on"], moved["off"], dim=0) > 1 - allowed
+
+
+def trained_vector(model: torch.nn.Module) -> torch.Tensor:
+    """The B matrices of the adapter, which start at zero, so that this is what training did."""
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad])
 
 
 def test_dropout_refuses_sharing_only_where_it_was_demanded(unlearn, knowing_folder):

@@ -78,10 +78,12 @@ def test_chosen_rises_over_rejected(prefer, pairs, loss_type, adapter):
 
 
 def test_ipo_stops_at_its_margin_where_dpo_goes_on(prefer, pairs):
+    """IPO swings around its optimum at this learning rate, so its mean over 20 steps is looked at."""
     final = {}
     for loss_type in ("dpo", "ipo"):
         trainer = prefer(loss_type=loss_type, beta=0.25, max_steps=60, learning_rate=5e-4, data=pairs[:4])
-        final[loss_type] = trainer.state.log_history[-2]["margin"]
+        margins = [entry["margin"] for entry in trainer.state.log_history if "margin" in entry]
+        final[loss_type] = sum(margins[-20:]) / 20
     assert final["ipo"] == pytest.approx(1 / (2 * 0.25), abs=0.3)
     assert final["dpo"] > 2 * final["ipo"]
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,22 +57,24 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         RecordError: a line that ends with a newline is not a JSON object.
     """
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of `read_jsonl` one at a time, so that memory does not grow with the file."""
     path = Path(path)
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    lines = data.split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_object(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise RecordError(f"{path}, line {number}: {error}; repair or delete that line") from error
-            warnings.warn(
-                f"{path}, line {number}: the last line is torn and was left out", TornLineWarning, stacklevel=2
-            )
-    return records
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _object(line)
+            except ValueError as error:
+                if line.endswith(b"\n"):
+                    raise RecordError(f"{path}, line {number}: {error}; repair or delete that line") from error
+                warnings.warn(
+                    f"{path}, line {number}: the last line is torn and was left out", TornLineWarning, stacklevel=2
+                )
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,0 +1,1 @@
+"""Say of a completion whether it is correct, wrong, or could not be scored."""

@@ -1,0 +1,1 @@
+"""Samples from a model: who draws them, what is recorded of each, and where they are kept."""

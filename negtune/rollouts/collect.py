@@ -1,0 +1,138 @@
+"""Fill a store with rollouts, and another with verdicts on them: in parts, each on the disk before the next begins.
+
+Whatever is killed in between goes on where it was: what the store has is neither drawn nor scored again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, TypeVar
+
+from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams, requests_for, share_of
+from negtune.rollouts.store import RecordStore
+from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
+
+Item = TypeVar("Item")
+RECENT = 1000
+"""Verdicts from which the share of unscored ones is taken."""
+Progress = Callable[[int, int, int], None]
+"""Told after every part: completions done, of how many, and the tokens that were drawn for this part."""
+
+
+def generate(
+    store: RecordStore,
+    sampler: Sampler,
+    rows: Sequence[Mapping[str, Any]],
+    n: int,
+    params: SamplingParams,
+    *,
+    part: int = 64,
+    process_index: int = 0,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> int:
+    """Draw `n` completions for the `prompt` of every row, except those that the store has; returns how many were drawn.
+
+    Args:
+        store: gets one record per rollout, the row's other columns under `columns`.
+        sampler: draws.
+        rows: `prompt`, optionally `prefix`, and any columns that a verifier will want.
+        n: completions of each row.
+        params: of the draw.
+        part: completions between two writes.
+        process_index, processes: this process draws its share.
+        progress: see `Progress`.
+    """
+    prefixes = [row.get("prefix") or "" for row in rows]
+    requests = requests_for([row["prompt"] for row in rows], n, prefixes)
+    owners = [row for row in rows for _ in range(n)]
+    mine = share_of(list(zip(requests, owners, strict=True)), process_index, processes)
+    missing = [pair for pair in mine if pair[0].key(params, sampler.policy) not in store]
+    done = len(mine) - len(missing)
+    for some in in_parts(missing, part):
+        rollouts = sampler.draw([request for request, _ in some], params)
+        store.append([_record(rollout, row) for rollout, (_, row) in zip(rollouts, some, strict=True)])
+        done += len(some)
+        if progress is not None:
+            progress(done, len(mine), sum(len(r.completion_ids) for r in rollouts))
+    return len(missing)
+
+
+def verify(
+    rollouts: RecordStore,
+    verdicts: RecordStore,
+    verifier: Verifier,
+    *,
+    name: str,
+    part: int = 64,
+    max_unscored: float = 0.2,
+    as_chat: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Score every rollout that has no verdict of `name` yet; returns how many were scored.
+
+    Completions that were cut at their length, or that an engine failed to draw, are unscored: whether they would have
+    been right is not known.
+
+    Args:
+        rollouts, verdicts: read from, written to.
+        verifier: scores.
+        name: of the verifier with its settings; part of the verdicts' keys, so that another one scores again.
+        part: completions between two writes.
+        max_unscored: share of completions that the verifier may fail on, before `TooManyUnscored` is raised. Cut ones
+            do not count.
+        as_chat: hand completions over as chat messages.
+        progress: see `Progress`.
+    """
+    total = len(rollouts)
+    done = scored = 0
+    seen: list[Verdict] = []
+    for some in in_parts(rollouts, part):
+        new = [record for record in some if f"{record['key']}:{name}" not in verdicts]
+        fit = [record for record in new if record["finish_reason"] == "stop"]
+        found = _verify(verifier, fit, as_chat)
+        seen = [*seen, *found][-RECENT:]
+        by_key = dict(zip((record["key"] for record in fit), found, strict=True))
+        for record in new:
+            if record["key"] not in by_key:
+                cut = record["finish_reason"] == "length"
+                by_key[record["key"]] = Verdict(
+                    "unscored", reason="cut at its length" if cut else record.get("error", "")
+                )
+        verdicts.append(
+            [
+                {"key": f"{key}:{name}", "rollout": key, "verifier": name, **asdict(verdict)}
+                for key, verdict in by_key.items()
+            ]
+        )
+        done, scored = done + len(some), scored + len(new)
+        if progress is not None:
+            progress(done, total, 0)
+        stop_if_unscored(seen, max_unscored)
+    return scored
+
+
+def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: bool) -> list[Verdict]:
+    if not records:
+        return []
+    texts = [
+        record["prefix"] + record["text"] if isinstance(record["prefix"], str) else record["text"] for record in records
+    ]
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if as_chat else texts
+    names = dict.fromkeys(name for record in records for name in record.get("columns") or ())
+    columns = {name: [(record.get("columns") or {}).get(name) for record in records] for name in names}
+    return verifier.verify([record["prompt"] for record in records], completions, **columns)
+
+
+def _record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "prefix")}
+    return {**asdict(rollout), "columns": columns}
+
+
+def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some

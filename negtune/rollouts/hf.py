@@ -1,0 +1,194 @@
+"""Sampling with transformers' `generate`, on any device, from the very weights that are trained.
+
+Every row draws with noise of its own, seeded by its request: a token is the argmax of logits/temperature and Gumbel
+noise, which is a draw from the softmax. So a row's completion does not depend on its neighbours in the batch, unless
+what batching does to the logits' last bits turns a token over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from negtune.data.completions import padding_id
+from negtune.models.structure import eval_mode
+from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
+
+ENGINE = "transformers"
+DEFAULT = SamplingParams()
+
+
+class HFSampler:
+    """Draws with `model.generate`.
+
+    Args:
+        model: causal LM, plain or with an adapter; sampled from as it is at each call.
+        tokenizer: of the model.
+        batch_size: completions at a time.
+        policy: version of the weights, for the record.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 32, policy: str = "0") -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self.model, self.tokenizer, self.batch_size, self.policy = model, tokenizer, batch_size, policy
+
+    def update(self, model: nn.Module, policy: str) -> None:
+        """Sample from `model`, whose weights are called `policy`."""
+        self.model, self.policy = model, policy
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        params: SamplingParams = DEFAULT,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> list[Rollout]:
+        """See `Sampler.sample`."""
+        return self.draw(requests_for(prompts, n, prefixes), params)
+
+    def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
+        """See `Sampler.draw`."""
+        ids = [request_token_ids(request, self.tokenizer) for request in requests]
+        longest_first = sorted(range(len(requests)), key=lambda i: -len(ids[i]))
+        drawn: dict[int, Rollout] = {}
+        for start in range(0, len(requests), self.batch_size):
+            chosen = longest_first[start : start + self.batch_size]
+            rollouts = self._draw_batch([requests[i] for i in chosen], [ids[i] for i in chosen], params)
+            drawn |= dict(zip(chosen, rollouts, strict=True))
+        return [drawn[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _draw_batch(
+        self, requests: Sequence[Request], ids: Sequence[list[int]], params: SamplingParams
+    ) -> list[Rollout]:
+        device = next(self.model.parameters()).device
+        width = max(map(len, ids))
+        input_ids = torch.full((len(ids), width), padding_id(self.tokenizer))
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(ids):
+            input_ids[i, width - len(row) :] = torch.tensor(row)
+            attention_mask[i, width - len(row) :] = 1
+        draw = _Draw(params, [request.seed(params) for request in requests], device)
+        ends = _Ends(self.tokenizer, params.stop, width, _eos_ids(self.model, self.tokenizer), len(ids))
+        with eval_mode(self.model), _plain_generation(self.model, self.tokenizer, params.max_tokens):
+            out = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                logits_processor=[draw],
+                stopping_criteria=[ends],
+            )
+        logps = torch.stack(draw.logps, 1).tolist()
+        rollouts = []
+        for i, (request, row) in enumerate(zip(requests, out[:, width:].tolist(), strict=True)):
+            length = ends.lengths[i] or len(row)
+            rollouts.append(
+                Rollout(
+                    key=request.key(params, self.policy),
+                    prompt=request.prompt,
+                    prefix=request.prefix,
+                    number=request.number,
+                    prompt_ids=ids[i],
+                    completion_ids=row[:length],
+                    logps=logps[i][:length],
+                    text=self.tokenizer.decode(row[:length], skip_special_tokens=True),
+                    finish_reason="stop" if ends.lengths[i] else "length",
+                    temperature=params.temperature,
+                    seed=request.seed(params),
+                    policy=self.policy,
+                    engine=ENGINE,
+                )
+            )
+        return rollouts
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's token with its own random numbers, keeps its log-probability, and leaves nothing else likely."""
+
+    def __init__(self, params: SamplingParams, seeds: Sequence[int], device: torch.device) -> None:
+        self.params, self.logps = params, list[Tensor]()
+        self._noise = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        logits = scores.float()
+        if self.params.temperature > 0:
+            logits = logits / self.params.temperature
+        logps = logits.log_softmax(-1)
+        keys = cut(logps, self.params)
+        if self.params.temperature > 0:
+            exponential = torch.stack(
+                [torch.empty(keys.shape[1], device=keys.device).exponential_(generator=g) for g in self._noise]
+            )
+            keys = keys - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
+        tokens = keys.argmax(-1, keepdim=True)
+        self.logps.append(logps.gather(-1, tokens)[:, 0])
+        return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)
+
+
+def cut(logps: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:
+    """-inf for tokens that `top_k`, `top_p` or `min_p` leave out; `top_p` keeps the token that crosses it."""
+    kept = logps
+    if params.top_k > 0:
+        smallest = kept.topk(min(params.top_k, kept.shape[-1])).values[:, -1:]
+        kept = kept.masked_fill(kept < smallest, -math.inf)
+    if params.min_p > 0:
+        kept = kept.masked_fill(kept < kept.amax(-1, keepdim=True) + math.log(params.min_p), -math.inf)
+    if params.top_p < 1:
+        ordered, order = kept.log_softmax(-1).sort(-1, descending=True)
+        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+        out: Bool[Tensor, "B V"] = torch.zeros_like(kept, dtype=torch.bool).scatter(
+            -1, order, mass_before >= params.top_p
+        )
+        kept = kept.masked_fill(out, -math.inf)
+    return kept
+
+
+class _Ends(StoppingCriteria):
+    """Ends a row at EOS or a stop text, and remembers how long it was: behind that `generate` writes padding."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int, eos: set[int], rows: int) -> None:
+        self._tokenizer, self._stop, self._width, self._eos = tokenizer, stop, width, eos
+        self.lengths: list[int | None] = [None] * rows
+        self._look_back = 2 + max((len(text.encode()) for text in stop), default=0)  # a token has a byte at least
+
+    def __call__(self, input_ids: Int[Tensor, "B L"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
+        drawn = input_ids.shape[1] - self._width
+        for i, row in enumerate(input_ids[:, max(self._width, input_ids.shape[1] - self._look_back) :].tolist()):
+            if self.lengths[i] is None and (row[-1] in self._eos or self._stopped(row)):
+                self.lengths[i] = drawn
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+    def _stopped(self, row: list[int]) -> bool:
+        if not self._stop:
+            return False
+        text = self._tokenizer.decode(row, skip_special_tokens=True)
+        return any(stop in text for stop in self._stop)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's EOS, and what the checkpoint's own generation settings end with (an end-of-turn token)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in (*several, tokenizer.eos_token_id) if i is not None}
+
+
+@contextmanager
+def _plain_generation(model: Any, tokenizer: Any, max_tokens: int) -> Iterator[None]:
+    """No setting of the checkpoint's `generation_config` (penalties, top-k ...) has a part in what is drawn."""
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = lm.generation_config
+    eos = sorted(_eos_ids(lm, tokenizer))
+    lm.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=padding_id(tokenizer)
+    )
+    try:
+        yield
+    finally:
+        lm.generation_config = before

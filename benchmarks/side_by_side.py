@@ -23,10 +23,10 @@ def row(case: str, ours: float, peer: float | None, unit: str, reach: float | No
         case: what was compared, with whom.
         ours, peer: measured; peer None where there is nobody to compare with.
         unit: of both.
-        reach: the ratio aimed at, decided before measuring.
+        reach: the ratio aimed at, decided before measuring. There is none to a measure of 0.
         more: further columns.
     """
-    ratio = None if peer is None else peer / ours
+    ratio = peer / ours if peer is not None and ours else None
     met = None if reach is None or ratio is None else ratio >= reach
     return {"case": case, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "reach": reach, "met": met, **more}
 

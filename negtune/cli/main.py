@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import negtune
-from negtune.cli import demo, doctor, evaluate, export, report
+from negtune.cli import demo, doctor, evaluate, export, report, rollouts, verify
 from negtune.cli.doctor import EXTRAS
 
-VERBS = {"demo": demo, "eval": evaluate, "report": report, "export": export, "doctor": doctor}
+VERBS = {
+    **{"demo": demo, "eval": evaluate, "report": report, "export": export, "doctor": doctor},
+    **{"rollouts": rollouts, "verify": verify},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +66,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, module in VERBS.items():
         help_text = (module.__doc__ or "").partition("\n")[0]
         verb = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
-        verb.set_defaults(run=module.run, parser=verb, passes_on=False)
-        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.set_defaults(parser=verb, passes_on=False)
+        if hasattr(module, "run"):  # else its actions say what to run
+            verb.set_defaults(run=module.run)
+            verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.add_arguments(verb)
     if not arguments:
         parser.print_help()

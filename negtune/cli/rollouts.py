@@ -1,0 +1,212 @@
+"""Draw completions from a model, score them, and count: stores that survive a crash and go on where they were.
+
+Rows are JSONL with `prompt` (text or chat messages), optionally `prefix`, and the columns a verifier needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from negtune.records import read_jsonl
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `negtune rollouts generate`, `verify` and `stats`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _generate_arguments(_action(actions, "generate", "draw completions", generate))
+    _verify_arguments(_action(actions, "verify", "score the completions of a store", verify))
+    _action(actions, "stats", "what a store holds", stats)
+
+
+def add_verifier_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that name a verifier; shared with `negtune verify`."""
+    parser.add_argument("--verifier", required=True, choices=["math", "code", "exact"], help="math, code or exact")
+    parser.add_argument("--column", default="answer", metavar="NAME", help="of the gold answers (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        default="auto",
+        choices=["auto", "boxed", "last_number", "choice"],
+        help="math: where the answer stands",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="for one completion (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--sandbox",
+        default="auto",
+        choices=["auto", "bubblewrap", "namespaces", "rlimits"],
+        help="code: rlimits isolates nothing and has to be asked for (default: %(default)s)",
+    )
+
+
+def _action(actions: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+    action.set_defaults(run=run, parser=action)
+    action.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    action.add_argument("--store", required=True, metavar="DIR", help="folder of the rollouts and verdicts")
+    return action
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="ID", help="folder, hub id, smollm2 or tiny")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="completions of each row (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="(default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens (default: %(default)s)")
+    parser.add_argument("--min_p", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="completions at a time (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights; needs negtune[quant]")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add_verifier_arguments(parser)
+    parser.add_argument(
+        "--max_unscored", type=float, default=0.2, metavar="SHARE", help="stop beyond (default: %(default)s)"
+    )
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Draw what the store does not have yet."""
+    rows = read_jsonl(args.prompts)[: args.limit]
+    if not rows:
+        raise ValueError(f"{args.prompts} has no rows")
+    for number, row in enumerate(rows, start=1):
+        if not row.get("prompt"):
+            raise ValueError(f"{args.prompts}, row {number}: no prompt; the row has {', '.join(row) or 'nothing'}")
+    from negtune.cli.evaluate import load
+    from negtune.rollouts import collect
+    from negtune.rollouts.hf import HFSampler
+    from negtune.rollouts.sampler import SamplingParams
+    from negtune.rollouts.store import RecordStore
+
+    params = SamplingParams(
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        stop=tuple(args.stop),
+        seed=args.seed,
+    )
+    model, tokenizer = load(args.model, args, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+    policy = "+".join(filter(None, [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]))
+    sampler = HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
+    with RecordStore(args.store) as store:
+        drawn = collect.generate(
+            store, sampler, rows, args.n, params, part=args.batch_size, progress=_Progress("rollouts")
+        )
+        print(f"{drawn} drawn, {len(store)} in {args.store}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Score what has no verdict of this verifier yet."""
+    from negtune.rollouts import collect
+    from negtune.rollouts.store import RecordStore
+
+    rollouts = RecordStore(args.store)
+    if not len(rollouts):
+        raise ValueError(f"{args.store} has no rollouts; draw some with negtune rollouts generate")
+    with make_verifier(args) as verifier, RecordStore(args.store, "verdicts") as verdicts:
+        scored = collect.verify(
+            rollouts,
+            verdicts,
+            verifier,
+            name=verifier_name(args),
+            max_unscored=args.max_unscored,
+            progress=_Progress("verdicts"),
+        )
+    print(f"{scored} scored")
+    return stats(args)
+
+
+def stats(args: argparse.Namespace) -> int:
+    """Counts of a store: prompts, tokens, how completions ended, and verdicts with 95 % intervals."""
+    from negtune.metrics.verification import wilson
+    from negtune.rollouts.store import RecordStore
+
+    ends: Counter[str] = Counter()
+    tokens, prompts, policies = 0, set(), Counter()
+    for record in RecordStore(args.store):
+        ends[record["finish_reason"]] += 1
+        tokens += len(record["completion_ids"])
+        prompts.add(hash(str(record["prompt"])))
+        policies[record["policy"]] += 1
+    total = sum(ends.values())
+    if not total:
+        raise ValueError(f"{args.store} has no rollouts; draw some with negtune rollouts generate")
+    print(f"{total} rollouts of {len(prompts)} prompts, {tokens} tokens, {tokens / total:.1f} a completion")
+    print("ended: " + ", ".join(f"{reason} {count}" for reason, count in ends.most_common()))
+    print("policy: " + ", ".join(f"{policy} {count}" for policy, count in policies.most_common()))
+    outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for record in RecordStore(args.store, "verdicts"):
+        outcomes[record["verifier"]][record["outcome"]] += 1
+    for verifier, counts in outcomes.items():
+        rate = wilson(counts["correct"], counts["correct"] + counts["wrong"])
+        share = f"; correct of scored {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]" if rate.of else ""
+        print(f"{verifier}: correct {counts['correct']}, wrong {counts['wrong']}, unscored {counts['unscored']}{share}")
+    return 0
+
+
+def make_verifier(args: argparse.Namespace) -> Any:
+    """The verifier that the flags name."""
+    if args.verifier == "code":
+        from negtune.verifiers.code import CodeVerifier
+
+        return CodeVerifier(seconds=args.seconds, workers=args.workers, sandbox=args.sandbox)
+    if args.verifier == "exact":
+        from negtune.verifiers.exact import ExactVerifier
+
+        return ExactVerifier(args.column)
+    from negtune.verifiers.math import MathVerifier
+
+    return MathVerifier(args.mode, column=args.column, seconds=args.seconds, workers=args.workers)
+
+
+def verifier_name(args: argparse.Namespace) -> str:
+    """Name of a verifier with the settings that change what it says."""
+    mode = f"-{args.mode}" if args.verifier == "math" else ""
+    return f"{args.verifier}{mode}:{args.column}" if args.verifier != "code" else "code"
+
+
+class _Progress:
+    """One line on the terminal: done, tokens a second, time left. Nothing where no one watches."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(what, total=None, rate="")
+        self._tokens, self._start, self._first = 0, time.perf_counter(), None
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        if self._first is None:
+            self._progress.start()
+            self._first = done
+        self._tokens += tokens
+        rate = f"{self._tokens / (time.perf_counter() - self._start):.0f} tokens/s" if self._tokens else ""
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+        if done >= total:
+            self._progress.stop()

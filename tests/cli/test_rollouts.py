@@ -1,0 +1,107 @@
+"""`negtune rollouts` and `negtune verify`, as typed."""
+
+from __future__ import annotations
+
+import pytest
+
+from negtune.cli.main import main
+from negtune.records import append_jsonl, read_jsonl, write_jsonl
+from negtune.rollouts.store import RecordStore
+
+ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", ROWS)
+    return tmp_path
+
+
+def generate(files, *more: str) -> int:
+    base = ["rollouts", "generate", "--model", "tiny", "--prompts", str(files / "prompts.jsonl")]
+    return main([*base, "--store", str(files / "store"), "--max_tokens", "4", *more])
+
+
+def test_generate_draws_once_and_goes_on(files, capsys):
+    assert generate(files, "--n", "2") == 0
+    assert "6 drawn, 6 in" in capsys.readouterr().out
+    assert generate(files, "--n", "3") == 0  # the third of each is new
+    assert "3 drawn, 9 in" in capsys.readouterr().out
+    records = list(RecordStore(files / "store"))
+    assert {r["columns"]["answer"] for r in records} == {"0", "2", "4"}
+    assert {r["policy"] for r in records} == {"tiny"}
+    assert main(["rollouts", "stats", "--store", str(files / "store")]) == 0
+    assert "9 rollouts of 3 prompts" in capsys.readouterr().out
+
+
+def test_verify_scores_what_ended_by_itself(files, capsys):
+    texts = ["The answer is 4.", "The answer is 5.", "It is not 4"]
+    rollout = {"prompt": "p", "prefix": "", "completion_ids": [1], "policy": "x", "columns": {"answer": "4"}}
+    rollouts = [{**rollout, "key": str(i), "text": t, "finish_reason": "stop"} for i, t in enumerate(texts)]
+    (files / "store").mkdir()
+    append_jsonl(
+        files / "store" / "rollouts-00000-00000.jsonl",
+        [*rollouts, {**rollouts[0], "key": "cut", "finish_reason": "length"}],
+    )
+    assert main(["rollouts", "verify", "--store", str(files / "store"), "--verifier", "math", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "4 scored" in out
+    assert "math-auto:answer: correct 1, wrong 2, unscored 1; correct of scored 0.333" in out
+    assert main(["rollouts", "verify", "--store", str(files / "store"), "--verifier", "math", "--workers", "1"]) == 0
+    assert "0 scored" in capsys.readouterr().out
+
+
+def test_audit_gives_both_error_rates_by_bucket_with_examples(files, capsys):
+    labelled = [
+        {"completion": "yes", "answer": "yes", "right": True, "level": 1},
+        {"completion": "Yes", "answer": "yes", "right": True, "level": 2},  # exact wants the case too
+        {"completion": "no", "answer": "no", "right": False, "level": 2},  # a wrong gold text
+        {"completion": "x", "answer": "yes", "right": False, "level": 1},
+    ]
+    write_jsonl(files / "labelled.jsonl", labelled)
+    base = ["verify", "audit", "--rollouts", str(files / "labelled.jsonl"), "--truth", "right", "--verifier", "exact"]
+    assert main([*base, "--by", "level"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split()[:3] == ["all", "4", "0.500"]
+    assert out[2].split()[:3] == ["1", "2", "0.000"]
+    assert out[3].split()[:3] == ["2", "2", "1.000"]
+    assert "false positive, row 3" in out[4]
+    assert "false negative, row 2" in out[5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rollouts", "stats", "--store", "nowhere"], "nowhere has no rollouts"),
+        (["rollouts", "verify", "--store", "nowhere", "--verifier", "exact"], "nowhere has no rollouts"),
+        (["rollouts", "generate", "--model", "tiny", "--prompts", "no.jsonl", "--store", "s"], "No such file"),
+    ],
+)
+def test_mistakes_are_one_line(files, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(files)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["rollouts", "genrate"], "did you mean generate?"), (["rollouts"], "ACTION")]
+)
+def test_wrong_actions_are_named(capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_rows_without_prompt_or_truth_are_named(files, capsys):
+    write_jsonl(files / "prompts.jsonl", [ROWS[0], {"answer": "1"}])
+    assert generate(files) == 1
+    assert "row 2: no prompt; the row has answer" in capsys.readouterr().err
+    write_jsonl(files / "l.jsonl", [{"completion": "a", "right": "yes"}])
+    assert (
+        main(["verify", "audit", "--rollouts", str(files / "l.jsonl"), "--truth", "right", "--verifier", "exact"]) == 1
+    )
+    assert "row 1: right must be true or false, it is 'yes'" in capsys.readouterr().err
+    assert not (files / "store").exists()
+    assert read_jsonl(files / "l.jsonl")

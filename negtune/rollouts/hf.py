@@ -120,8 +120,8 @@ class _Draw(LogitsProcessor):
         logits = scores.float()
         if self.params.temperature > 0:
             logits = logits / self.params.temperature
-        logps = logits.log_softmax(-1)
-        keys = cut(logps, self.params)
+        logps = cut(logits.log_softmax(-1), self.params).log_softmax(-1)
+        keys = logps
         if self.params.temperature > 0:
             exponential = torch.stack(
                 [torch.empty(keys.shape[1], device=keys.device).exponential_(generator=g) for g in self._noise]

@@ -96,8 +96,8 @@ class Rollout:
         prompt, prefix, number: of the request.
         prompt_ids: what the model was given, the prefix's tokens included.
         completion_ids: what it drew, its EOS included.
-        logps: log-probability of each, from the logits divided by `temperature` (undivided if that is 0), over all of
-            the vocabulary also where `top_p`, `top_k` or `min_p` cut it.
+        logps: log-probability of each in the distribution it was drawn from: after `temperature` (before it, if that is
+            0), `top_p`, `top_k` and `min_p`.
         text: the completion without special tokens.
         finish_reason: `stop` (EOS or a stop text), `length` (cut: whether it is right is unknown), `error`.
         temperature: at which the tokens were drawn.

@@ -1,0 +1,171 @@
+"""Proof that the engine samples from the weights that are trained.
+
+Two things are compared before a round: the hash of the trainer's weights with that of the weights the engine was last
+given, and log-probabilities of a few tokens that the engine draws for it (canaries), as engine and trainer see them.
+The hash finds weights that were never handed over, however small their change; the canaries find an engine that has
+them and does not use them: stale cached prefixes, a wrong adapter, another temperature, another `logprobs_mode`. The
+canaries' prompts are the same every time and longer than a block of the prefix cache, so that it takes part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negtune.data.completions import collate, padding_id
+from negtune.models.forward import attach_scoring, run, scored_tokens
+from negtune.models.policy import is_peft
+from negtune.models.reference import weights_hash
+from negtune.models.structure import eval_mode
+from negtune.ops import scatter_tokens, tiled_token_values, token_logps
+from negtune.rollouts.sampler import Prompt, Rollout, Sampler, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""Nats a token, by dtype of the weights: mean absolute difference beyond which engine and trainer are not the same."""
+CANARY_TOKENS = 160
+"""Of a canary's prompt; vLLM caches prefixes in blocks of 16 tokens on a GPU and 128 on a CPU."""
+_TEXTS = (
+    "The lighthouse keeper counts the ships that pass by night, and writes each one into a book with a blue cover. ",
+    "To add two fractions, first find a number that both denominators divide, then write each fraction with it. ",
+)
+
+
+class StaleEngineError(RuntimeError):
+    """The engine does not sample from the weights that are trained."""
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """What was compared, in nats.
+
+    Args:
+        policy: as the engine calls it.
+        mean_difference, max_difference: of the canary tokens' log-probabilities, engine against trainer.
+        tokens: canary tokens.
+        trainer_hash, engine_hash: of the weights; the engine's is that of what it was last given.
+        seconds: that this took.
+    """
+
+    policy: str
+    mean_difference: float
+    max_difference: float
+    tokens: int
+    trainer_hash: str
+    engine_hash: str
+    seconds: float
+
+
+@torch.no_grad()
+def attest(
+    sampler: Sampler,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    temperature: float = 1.0,
+    tolerance: float | None = None,
+    canaries: Sequence[Prompt] | None = None,
+    tokens: int = 16,
+) -> Attestation:
+    """Compare engine and trainer; raise `StaleEngineError`, saying which side is stale, where they differ.
+
+    Args:
+        sampler: whose engine is to be proven.
+        model: the trained model, on its device; run under the autocast that the caller is in.
+        tokenizer: of both.
+        temperature: at which the round will be drawn.
+        tolerance: nats a token; by default `TOLERANCES` for the model's dtype.
+        canaries: prompts; two long texts by default.
+        tokens: drawn for each.
+    """
+    start = time.perf_counter()
+    if tolerance is None:
+        tolerance = TOLERANCES[next(model.parameters()).dtype]
+    params = SamplingParams(temperature=temperature, max_tokens=tokens)
+    rollouts = sampler.sample(canaries or canary_prompts(tokenizer), params=params)
+    engine = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in rollouts])
+    found = difference(engine, policy_logps(model, tokenizer, rollouts, temperature))
+    live, served = served_weights_hash(model), getattr(sampler, "served_hash", None)
+    attestation = Attestation(
+        policy=sampler.policy,
+        mean_difference=found.mean().item(),
+        max_difference=found.max().item(),
+        tokens=len(found),
+        trainer_hash=live,
+        engine_hash=live if served is None else served,
+        seconds=time.perf_counter() - start,
+    )
+    logger.info("attestation: %s", asdict(attestation))
+    if attestation.engine_hash != live:
+        raise StaleEngineError(
+            f"the engine is stale: it serves policy {sampler.policy!r} (weights {attestation.engine_hash[:12]}), the "
+            f"trainer has {live[:12]}, {attestation.mean_difference:.3g} nats a token away. Call sampler.update(model, "
+            "policy) after every optimiser step that is to be sampled from"
+        )
+    if not attestation.mean_difference <= tolerance:
+        raise StaleEngineError(_why(attestation, tolerance, engine, model, tokenizer, rollouts, temperature))
+    return attestation
+
+
+def _why(
+    attestation: Attestation,
+    tolerance: float,
+    engine: Tensor,
+    model: nn.Module,
+    tokenizer: Any,
+    rollouts: Sequence[Rollout],
+    temperature: float,
+) -> str:
+    said = (
+        f"engine and trainer have the same weights ({attestation.trainer_hash[:12]}) and differ by "
+        f"{attestation.mean_difference:.3g} nats a token (tolerance {tolerance:g})"
+    )
+    if temperature != 1 and difference(engine, policy_logps(model, tokenizer, rollouts, 1.0)).mean() <= tolerance:
+        return f"{said}: the engine's log-probabilities leave out the temperature; set logprobs_mode=processed_logprobs"
+    return (
+        f"{said}: the engine is stale. It does not use what it was given (a cached prefix or an adapter of earlier "
+        "weights), or computes in another dtype than the trainer; start it again, with dtype= of the trained model"
+    )
+
+
+def policy_logps(model: nn.Module, tokenizer: Any, rollouts: Sequence[Rollout], temperature: float) -> Tensor:
+    """Log-probability of each drawn token under `model` at `temperature` (0 counts as 1), all rollouts joined."""
+    attach_scoring(model)
+    device = next(model.parameters()).device
+    rows = [{"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids} for r in rollouts]
+    batch = {name: tensor.to(device) for name, tensor in collate(rows, padding_id(tokenizer)).items()}
+    tokens = scored_tokens(batch)
+
+    def at_temperature(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> Tensor:
+        return token_logps(logits / (temperature or 1.0), targets)
+
+    def score(hidden: Tensor, head: Any, layers: Any) -> dict[str, Tensor]:
+        values = tiled_token_values(at_temperature, hidden, tokens.targets, head)
+        return {"logps": scatter_tokens(values, tokens.mask)}
+
+    with torch.no_grad(), eval_mode(model):
+        return run(model, batch, tokens, score)["logps"][tokens.mask].double().cpu()
+
+
+def difference(engine: Tensor, trainer: Tensor) -> Tensor:
+    """Absolute, infinite where one of the two is not a number."""
+    return (engine - trainer).abs().nan_to_num(nan=torch.inf)
+
+
+def served_weights_hash(model: nn.Module) -> str:
+    """Hash of what an engine is given of `model`: the active adapter, or all weights."""
+    if is_peft(model):
+        return weights_hash(model, lambda name: f".{model.active_adapter}." in f".{name}.")
+    return weights_hash(model)
+
+
+def canary_prompts(tokenizer: Any) -> list[str]:
+    """Texts of at least `CANARY_TOKENS` tokens."""
+    return [text * -(-CANARY_TOKENS // len(tokenizer(text)["input_ids"])) for text in _TEXTS]

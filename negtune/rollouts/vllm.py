@@ -1,0 +1,235 @@
+"""Sampling with vLLM in this process: `vllm.LLM` with its arguments passed through.
+
+An adapter is served as a new adapter each time it changes: a fresh name, number and folder. vLLM keeps cached prefixes
+by adapter, and a reloaded name would be answered from prefixes of the old weights. Full fine-tuning replaces the
+engine's weights and empties its prefix cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negtune.models.policy import is_peft
+from negtune.models.structure import causal_lm
+from negtune.rollouts.attest import served_weights_hash
+from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
+
+ENGINE = "vllm"
+DEFAULT = SamplingParams()
+
+
+class VLLMSampler:
+    """Draws with vLLM, from the weights that the last `update` handed over.
+
+    Args:
+        model: the model that is trained; the engine loads the checkpoint it came from (its folder or hub id), then gets
+            the weights it has now. LoRA: only the adapter is handed over.
+        tokenizer: of the model.
+        policy: version of the weights, for the record.
+        checkpoint: folder or hub id to load instead of the model's own.
+        folder: where adapters are kept for the engine; a temporary one by default.
+        engine: further arguments of `vllm.LLM` (`max_model_len`, `gpu_memory_utilization`, `tensor_parallel_size`,
+            `enforce_eager` ...). `dtype` is the trained model's if not given: vLLM by itself would take bfloat16 for a
+            float32 model, and the two would differ by more than many a policy step.
+
+    Raises:
+        ValueError: vLLM cannot serve this model or adapter as it is trained; the message says what can.
+        ModuleNotFoundError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        policy: str = "0",
+        checkpoint: str | Path | None = None,
+        folder: str | Path | None = None,
+        **engine: Any,
+    ) -> None:
+        refuse_unservable(model, engine.get("quantization"))
+        self.tokenizer, self.policy = tokenizer, policy
+        self._temporary = tempfile.TemporaryDirectory(prefix="negtune-adapters-") if folder is None else None
+        self._folder = Path(folder or self._temporary.name)
+        self._version, self._adapter = 0, None
+        self.served_hash = ""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over as tensors
+        from vllm import LLM
+
+        arguments = {
+            "model": str(checkpoint or model.config._name_or_path),
+            "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
+            "logprobs_mode": "processed_logprobs",  # of the distribution tokens are drawn from
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if is_peft(model):
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": lora_rank(model)}
+        if engine.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
+            raise ValueError("logprobs_mode must be processed_logprobs: rollouts record the distribution drawn from")
+        self.llm = LLM(**{**arguments, **engine})
+        self.update(model, policy)
+
+    def update(self, model: nn.Module, policy: str) -> None:
+        """Sample from the weights that `model` has now, called `policy` from here on.
+
+        Args:
+            model: with the same adapter settings as at construction.
+            policy: name of this version.
+        """
+        if is_peft(model):
+            self._serve_adapter(model)
+        else:
+            self._replace_weights(model)
+        self.served_hash, self.policy = served_weights_hash(model), policy
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        params: SamplingParams = DEFAULT,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> list[Rollout]:
+        """See `Sampler.sample`."""
+        return self.draw(requests_for(prompts, n, prefixes), params)
+
+    def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
+        """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
+        ids = [request_token_ids(request, self.tokenizer) for request in requests]
+        longest = self.llm.llm_engine.model_config.max_model_len
+        for request, row in zip(requests, ids, strict=True):
+            if len(row) >= longest:
+                raise ValueError(
+                    f"a prompt of {len(row)} tokens leaves no room in max_model_len={longest} "
+                    f"({str(request.prompt)[:60]!r}...); raise max_model_len or drop the row"
+                )
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": row} for row in ids],
+            [_engine_params(request, params) for request in requests],
+            lora_request=self._adapter,
+            use_tqdm=False,
+        )
+        return [
+            self._rollout(request, row, output.outputs[0], params)
+            for request, row, output in zip(requests, ids, outputs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Forget the adapters' folder. The engine ends with the process."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _rollout(self, request: Request, ids: list[int], output: Any, params: SamplingParams) -> Rollout:
+        drawn = list(output.token_ids)
+        reason = output.finish_reason
+        return Rollout(
+            key=request.key(params, self.policy),
+            prompt=request.prompt,
+            prefix=request.prefix,
+            number=request.number,
+            prompt_ids=ids,
+            completion_ids=drawn,
+            logps=[of_place[token].logprob for token, of_place in zip(drawn, output.logprobs, strict=True)],
+            text=self.tokenizer.decode(drawn, skip_special_tokens=True),
+            finish_reason=reason if reason in ("stop", "length") else "error",
+            temperature=params.temperature,
+            seed=request.seed(params),
+            policy=self.policy,
+            engine=ENGINE,
+            error="" if reason in ("stop", "length") else f"vLLM ended with {reason}",
+        )
+
+    def _serve_adapter(self, model: Any) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._version += 1
+        name = f"policy-{os.getpid()}-{self._version}"
+        path = self._folder / name
+        model.save_pretrained(path, selected_adapters=[model.active_adapter])
+        inner = path / model.active_adapter  # PEFT puts adapters that are not called "default" one folder lower
+        before, self._adapter = self._adapter, LoRARequest(name, self._version, str(inner if inner.is_dir() else path))
+        if before is not None:
+            self.llm.llm_engine.remove_lora(before.lora_int_id)
+            shutil.rmtree(self._folder / before.lora_name)
+
+    def _replace_weights(self, model: nn.Module) -> None:
+        in_this_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        if in_this_process:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+        else:
+            self._version += 1
+            path = self._folder / f"weights-{os.getpid()}-{self._version}"
+            model.save_pretrained(path)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            shutil.rmtree(path)
+        self.llm.reset_prefix_cache()
+
+
+def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights as the checkpoint has them: a tied weight once."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():
+            yield name, buffer
+
+
+def lora_rank(model: Any) -> int:
+    """The smallest `max_lora_rank` of vLLM that holds the adapter."""
+    config = model.peft_config[model.active_adapter]
+    needed = max([config.r, *(config.rank_pattern or {}).values()])
+    return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= needed), needed)
+
+
+def refuse_unservable(model: Any, quantization: str | None = None) -> None:
+    """Raise ValueError for what vLLM would serve differently from how it is trained, or not at all."""
+    base = model.get_base_model() if is_peft(model) else model
+    quantized = getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
+    if quantized and not torch.cuda.is_available():
+        raise ValueError("vLLM has no bitsandbytes weights on a CPU; HFSampler samples from the model itself")
+    if quantized and quantization != "bitsandbytes":
+        raise ValueError(
+            "vLLM would serve this 4-bit model unquantised; pass quantization='bitsandbytes', or use HFSampler, which "
+            "samples from the model itself"
+        )
+    if not is_peft(model):
+        return
+    config = model.peft_config[model.active_adapter]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"vLLM serves LoRA adapters only, this one is {kind}; sample with HFSampler")
+    for name, why in (
+        ("modules_to_save", "modules trained in full"),
+        ("use_dora", "DoRA"),
+        ("target_parameters", "adapters on bare parameters"),
+        ("alora_invocation_tokens", "activated LoRA"),
+    ):
+        if getattr(config, name, None):
+            raise ValueError(f"vLLM does not serve {why} ({name}={getattr(config, name)!r}); sample with HFSampler")
+
+
+def _engine_params(request: Request, params: SamplingParams) -> Any:
+    from vllm import SamplingParams as EngineParams
+
+    return EngineParams(
+        n=1,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        max_tokens=params.max_tokens,
+        stop=list(params.stop),
+        include_stop_str_in_output=True,
+        seed=request.seed(params),
+        logprobs=0,
+        skip_special_tokens=False,
+    )

@@ -1,0 +1,231 @@
+"""VLLMSampler with the real vLLM: the weights that are trained, exactly, after every update; and who notices if not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from negtune.data.completions import prompt_token_ids
+from negtune.models.load import load_model
+from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps
+from negtune.rollouts.hf import HFSampler
+from negtune.rollouts.sampler import SamplingParams
+from negtune.rollouts.vllm import VLLMSampler, lora_rank, refuse_unservable
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test-vllm"
+)
+PROMPTS = ["Where is Rome?", "Who", [{"role": "user", "content": "Hi"}]]
+PARAMS = SamplingParams(max_tokens=8)
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_folder):
+    """One engine for full fine-tuning and one for LoRA: starting one takes longer than all tests of it."""
+    os.environ |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    made: dict[bool, tuple] = {}
+
+    def engine(lora: bool) -> tuple:
+        if lora not in made:
+            torch.manual_seed(0)
+            model, tokenizer = load_model(tiny_folder)
+            model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
+            made[lora] = (model, tokenizer, VLLMSampler(model, tokenizer, enforce_eager=True, max_model_len=384))
+        return made[lora]
+
+    yield engine
+    for _, _, sampler in made.values():
+        sampler.close()
+
+
+@pytest.fixture(params=[False, True], ids=["full", "lora"])
+def served(request, engines):
+    """Model, tokenizer and sampler, in step with each other."""
+    model, tokenizer, sampler = engines(request.param)
+    sampler.update(model, "start")
+    return model, tokenizer, sampler
+
+
+def train_a_bit(model: torch.nn.Module, size: float = 0.05) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "norm" not in name:
+            parameter.data.add_(torch.randn_like(parameter) * size)
+
+
+def largest_difference(model, tokenizer, rollouts, temperature: float = 1.0) -> float:
+    engine = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in rollouts])
+    return difference(engine, policy_logps(model, tokenizer, rollouts, temperature)).max().item()
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logps_are_the_trainers_after_every_update(served, temperature):
+    model, tokenizer, sampler = served
+    params = SamplingParams(max_tokens=8, temperature=temperature)
+    for version in ("1", "2", "3"):
+        train_a_bit(model)
+        stale = sampler.sample(PROMPTS, n=3, params=params)
+        assert largest_difference(model, tokenizer, stale, temperature) > 0.05
+        sampler.update(model, version)
+        rollouts = sampler.sample(PROMPTS, n=3, params=params)
+        assert largest_difference(model, tokenizer, rollouts, temperature) < 1e-5
+        assert {r.policy for r in rollouts} == {version}
+
+
+@needs_vllm
+def test_records_are_those_of_the_other_sampler(served):
+    """Same prompts, ids, seeds and keys; the engines' random numbers differ, so other tokens."""
+    model, tokenizer, sampler = served
+    ours = HFSampler(model, tokenizer, policy=sampler.policy)
+    for a, b in zip(sampler.sample(PROMPTS, n=2, params=PARAMS), ours.sample(PROMPTS, n=2, params=PARAMS), strict=True):
+        assert (a.key, a.seed, a.prompt_ids, a.policy) == (b.key, b.seed, b.prompt_ids, b.policy)
+        assert a.engine == "vllm"
+        assert len(a.logps) == len(a.completion_ids)
+
+
+@needs_vllm
+def test_greedy_completions_are_those_of_transformers(served):
+    model, tokenizer, sampler = served
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    ours = HFSampler(model, tokenizer).sample(PROMPTS, params=greedy)
+    for a, b in zip(sampler.sample(PROMPTS, params=greedy), ours, strict=True):
+        assert a.completion_ids == b.completion_ids
+        assert a.logps == pytest.approx(b.logps, abs=1e-5)
+
+
+@needs_vllm
+def test_a_completion_depends_on_its_request_alone(served):
+    _, _, sampler = served
+    together = [r.completion_ids for r in sampler.sample(PROMPTS, n=3, params=PARAMS)]
+    alone = [r.completion_ids for p in PROMPTS for r in sampler.sample([p], n=3, params=PARAMS)]
+    assert alone == together
+    assert len(set(map(tuple, together))) > 6
+
+
+@needs_vllm
+def test_cut_distributions_stop_texts_and_prefixes(served):
+    model, tokenizer, sampler = served
+    for rollout in sampler.sample(PROMPTS, params=SamplingParams(max_tokens=4, top_k=1)):
+        assert rollout.logps == pytest.approx([0.0] * len(rollout.logps), abs=1e-5)
+    rollout = sampler.sample(["Where"], params=PARAMS)[0]
+    word = tokenizer.decode(rollout.completion_ids[2:3])
+    stopped = sampler.sample(["Where"], params=SamplingParams(max_tokens=8, stop=word))[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.completion_ids == rollout.completion_ids[: len(stopped.completion_ids)]
+    assert word in stopped.text
+    chat = PROMPTS[2]
+    continued = sampler.sample([chat], params=PARAMS, prefixes=["First"])[0]
+    step = tokenizer("First", add_special_tokens=False)["input_ids"]
+    assert continued.prompt_ids == prompt_token_ids(chat, tokenizer) + step
+    assert largest_difference(model, tokenizer, [continued]) < 1e-5
+
+
+@needs_vllm
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_drawn(served):
+    with pytest.raises(ValueError, match="leaves no room in max_model_len=384"):
+        served[2].sample(["ok", "x" * 3000])
+
+
+@needs_vllm
+def test_adapters_of_the_past_are_gone(engines):
+    model, _, sampler = engines(True)
+    for version in ("1", "2"):
+        sampler.update(model, version)
+    assert len(os.listdir(sampler._folder)) == 1
+    assert sampler.llm.llm_engine.list_loras() <= {sampler._adapter.lora_int_id}
+
+
+@needs_vllm
+def test_attestation_passes_clean_rounds_and_finds_an_update_that_was_forgotten(served):
+    model, tokenizer, sampler = served
+    for round_ in range(10):
+        train_a_bit(model, 0.01)
+        sampler.update(model, str(round_))
+        found = attest(sampler, model, tokenizer, temperature=0.7)
+        assert found.max_difference < 1e-4
+        assert found.tokens == 32
+    train_a_bit(model, 1e-4)
+    with pytest.raises(StaleEngineError, match="the engine is stale: it serves policy '9'"):
+        attest(sampler, model, tokenizer)
+
+
+@needs_vllm
+def test_attestation_finds_stale_cached_prefixes(engines, monkeypatch):
+    """Weights replaced without emptying the prefix cache: the same hash, and the canaries' prompts are in the cache."""
+    model, tokenizer, sampler = engines(False)
+    sampler.update(model, "before")
+    attest(sampler, model, tokenizer)
+    train_a_bit(model)
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: None)
+    sampler.update(model, "after")
+    with pytest.raises(StaleEngineError, match="same weights .* the engine is stale"):
+        attest(sampler, model, tokenizer)
+    monkeypatch.undo()
+    sampler.update(model, "after")
+    attest(sampler, model, tokenizer)
+
+
+@needs_vllm
+def test_attestation_finds_an_adapter_that_the_engine_did_not_take(engines):
+    model, tokenizer, sampler = engines(True)
+    sampler.update(model, "before")
+    old = sampler._adapter
+    kept = sampler._folder / "kept"
+    os.rename(old.lora_path, kept)  # the engine has it loaded
+    train_a_bit(model)
+    os.mkdir(old.lora_path)
+    sampler.update(model, "after")
+    new, sampler._adapter = sampler._adapter, type(old)("again", 10_000, str(kept))
+    with pytest.raises(StaleEngineError, match="does not use what it was given"):
+        attest(sampler, model, tokenizer)
+    sampler._adapter = new
+    attest(sampler, model, tokenizer)
+
+
+def test_attestation_finds_log_probabilities_before_temperature(tiny):
+    """An engine with logprobs_mode=raw_logprobs, played by a sampler that reports them."""
+    model, tokenizer = tiny
+
+    class Raw(HFSampler):
+        def sample(self, prompts, n=1, params=PARAMS, prefixes=None):
+            rollouts = super().sample(prompts, n, params, prefixes)
+            raw = iter(policy_logps(self.model, tokenizer, rollouts, 1.0).tolist())
+            for rollout in rollouts:
+                rollout.logps[:] = [next(raw) for _ in rollout.logps]
+            return rollouts
+
+    model.lm_head.weight.data.mul_(20)
+    attest(Raw(model, tokenizer), model, tokenizer)
+    with pytest.raises(StaleEngineError, match="leave out the temperature"):
+        attest(Raw(model, tokenizer), model, tokenizer, temperature=0.5)
+    attest(HFSampler(model, tokenizer), model, tokenizer, temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules trained in full"),
+        ({"use_dora": True}, "DoRA"),
+    ],
+)
+def test_adapters_that_vllm_would_serve_wrongly_are_refused(tiny, config, words):
+    model = get_peft_model(tiny[0], LoraConfig(r=2, target_modules=["q_proj"], **config))
+    with pytest.raises(ValueError, match=words):
+        refuse_unservable(model)
+
+
+def test_four_bit_models_are_refused_with_the_way_out(tiny_folder):
+    model, _ = load_model(tiny_folder, load_in_4bit=True)
+    with pytest.raises(ValueError, match="HFSampler"):
+        refuse_unservable(model)
+
+
+def test_the_rank_fits_the_largest_adapter(tiny):
+    model = get_peft_model(tiny[0], LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 20}))
+    assert lora_rank(model) == 32

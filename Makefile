@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/negtune-stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-newest test-slow pytest lint format wheel env vllm clean
+.PHONY: help demo test test-newest test-slow pytest pytest-slow lint format wheel env vllm clean
 
 help:
 	@echo "make demo       unlearn a few facts from a real 135M model; results in runs/demo/"
@@ -32,7 +32,10 @@ test-newest:
 pytest: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow$$($(NO_GPU))" $(ARGS)
 
-test-slow: env
+test-slow:
+	$(MAKE) vllm pytest-slow VENV=.venv-vllm CONSTRAINT='transformers<5.18'
+
+pytest-slow: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow$$($(NO_GPU))" $(ARGS)
 
 lint: env

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from negtune.models.policy import is_peft
 from negtune.models.structure import causal_lm
+from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
 
@@ -153,10 +153,8 @@ class VLLMSampler:
 
         self._version += 1
         name = f"policy-{os.getpid()}-{self._version}"
-        path = self._folder / name
-        model.save_pretrained(path, selected_adapters=[model.active_adapter])
-        inner = path / model.active_adapter  # PEFT puts adapters that are not called "default" one folder lower
-        before, self._adapter = self._adapter, LoRARequest(name, self._version, str(inner if inner.is_dir() else path))
+        path = save_adapter(model, self._folder / name)
+        before, self._adapter = self._adapter, LoRARequest(name, self._version, str(path))
         if before is not None:
             self.llm.llm_engine.remove_lora(before.lora_int_id)
             shutil.rmtree(self._folder / before.lora_name)
@@ -181,40 +179,6 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name in model.state_dict():
             yield name, buffer
-
-
-def lora_rank(model: Any) -> int:
-    """The smallest `max_lora_rank` of vLLM that holds the adapter."""
-    config = model.peft_config[model.active_adapter]
-    needed = max([config.r, *(config.rank_pattern or {}).values()])
-    return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= needed), needed)
-
-
-def refuse_unservable(model: Any, quantization: str | None = None) -> None:
-    """Raise ValueError for what vLLM would serve differently from how it is trained, or not at all."""
-    base = model.get_base_model() if is_peft(model) else model
-    quantized = getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
-    if quantized and not torch.cuda.is_available():
-        raise ValueError("vLLM has no bitsandbytes weights on a CPU; HFSampler samples from the model itself")
-    if quantized and quantization != "bitsandbytes":
-        raise ValueError(
-            "vLLM would serve this 4-bit model unquantised; pass quantization='bitsandbytes', or use HFSampler, which "
-            "samples from the model itself"
-        )
-    if not is_peft(model):
-        return
-    config = model.peft_config[model.active_adapter]
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"vLLM serves LoRA adapters only, this one is {kind}; sample with HFSampler")
-    for name, why in (
-        ("modules_to_save", "modules trained in full"),
-        ("use_dora", "DoRA"),
-        ("target_parameters", "adapters on bare parameters"),
-        ("alora_invocation_tokens", "activated LoRA"),
-    ):
-        if getattr(config, name, None):
-            raise ValueError(f"vLLM does not serve {why} ({name}={getattr(config, name)!r}); sample with HFSampler")
 
 
 def _engine_params(request: Request, params: SamplingParams) -> Any:

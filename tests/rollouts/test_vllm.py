@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 
 from negtune.data.completions import prompt_token_ids
 from negtune.models.load import load_model
+from negtune.rollouts.adapters import lora_rank, refuse_unservable
 from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
-from negtune.rollouts.vllm import VLLMSampler, lora_rank, refuse_unservable
+from negtune.rollouts.vllm import VLLMSampler
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test-vllm"
+    importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test"
 )
 PROMPTS = ["Where is Rome?", "Who", [{"role": "user", "content": "Hi"}]]
 PARAMS = SamplingParams(max_tokens=8)

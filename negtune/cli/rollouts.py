@@ -9,6 +9,7 @@ import argparse
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from negtune.records import read_jsonl
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_verifier_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that name a verifier; shared with `negtune verify`."""
-    parser.add_argument("--verifier", required=True, choices=["math", "code", "exact"], help="math, code or exact")
+    parser.add_argument("--verifier", required=True, choices=["math", "code", "exact", "reasoning_gym"])
     parser.add_argument("--column", default="answer", metavar="NAME", help="of the gold answers (default: %(default)s)")
     parser.add_argument(
         "--mode",
@@ -69,6 +70,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=32, metavar="N", help="completions at a time (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument("--engine", default="hf", choices=["hf", "vllm"], help="(default: %(default)s)")
+    parser.add_argument("--max_model_len", type=int, metavar="N", help="vllm: prompt and completion together")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights; needs negtune[quant]")
 
 
@@ -89,7 +92,6 @@ def generate(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.prompts}, row {number}: no prompt; the row has {', '.join(row) or 'nothing'}")
     from negtune.cli.evaluate import load
     from negtune.rollouts import collect
-    from negtune.rollouts.hf import HFSampler
     from negtune.rollouts.sampler import SamplingParams
     from negtune.rollouts.store import RecordStore
 
@@ -104,13 +106,24 @@ def generate(args: argparse.Namespace) -> int:
     )
     model, tokenizer = load(args.model, args, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
     policy = "+".join(filter(None, [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]))
-    sampler = HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
+    sampler = _sampler(args, model, tokenizer, policy)
     with RecordStore(args.store) as store:
         drawn = collect.generate(
-            store, sampler, rows, args.n, params, part=args.batch_size, progress=_Progress("rollouts")
+            store, sampler, rows, args.n, params, part=args.batch_size, progress=Progress("rollouts")
         )
         print(f"{drawn} drawn, {len(store)} in {args.store}")
     return 0
+
+
+def _sampler(args: argparse.Namespace, model: Any, tokenizer: Any, policy: str) -> Any:
+    if args.engine == "vllm":
+        from negtune.rollouts.vllm import VLLMSampler
+
+        engine = {"max_model_len": args.max_model_len} if args.max_model_len else {}
+        return VLLMSampler(model, tokenizer, policy=policy, **engine)
+    from negtune.rollouts.hf import HFSampler
+
+    return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -128,38 +141,43 @@ def verify(args: argparse.Namespace) -> int:
             verifier,
             name=verifier_name(args),
             max_unscored=args.max_unscored,
-            progress=_Progress("verdicts"),
+            progress=Progress("verdicts"),
         )
     print(f"{scored} scored")
     return stats(args)
 
 
 def stats(args: argparse.Namespace) -> int:
+    """Print what the store holds."""
+    print_stats(args.store)
+    return 0
+
+
+def print_stats(store: str | Path) -> None:
     """Counts of a store: prompts, tokens, how completions ended, and verdicts with 95 % intervals."""
     from negtune.metrics.verification import wilson
     from negtune.rollouts.store import RecordStore
 
     ends: Counter[str] = Counter()
     tokens, prompts, policies = 0, set(), Counter()
-    for record in RecordStore(args.store):
+    for record in RecordStore(store):
         ends[record["finish_reason"]] += 1
         tokens += len(record["completion_ids"])
         prompts.add(hash(str(record["prompt"])))
         policies[record["policy"]] += 1
     total = sum(ends.values())
     if not total:
-        raise ValueError(f"{args.store} has no rollouts; draw some with negtune rollouts generate")
+        raise ValueError(f"{store} has no rollouts; draw some with negtune rollouts generate")
     print(f"{total} rollouts of {len(prompts)} prompts, {tokens} tokens, {tokens / total:.1f} a completion")
     print("ended: " + ", ".join(f"{reason} {count}" for reason, count in ends.most_common()))
     print("policy: " + ", ".join(f"{policy} {count}" for policy, count in policies.most_common()))
     outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for record in RecordStore(args.store, "verdicts"):
+    for record in RecordStore(store, "verdicts"):
         outcomes[record["verifier"]][record["outcome"]] += 1
     for verifier, counts in outcomes.items():
         rate = wilson(counts["correct"], counts["correct"] + counts["wrong"])
         share = f"; correct of scored {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]" if rate.of else ""
         print(f"{verifier}: correct {counts['correct']}, wrong {counts['wrong']}, unscored {counts['unscored']}{share}")
-    return 0
 
 
 def make_verifier(args: argparse.Namespace) -> Any:
@@ -168,6 +186,10 @@ def make_verifier(args: argparse.Namespace) -> Any:
         from negtune.verifiers.code import CodeVerifier
 
         return CodeVerifier(seconds=args.seconds, workers=args.workers, sandbox=args.sandbox)
+    if args.verifier == "reasoning_gym":
+        from negtune.verifiers.reasoning import ReasoningGymVerifier
+
+        return ReasoningGymVerifier(seconds=args.seconds, workers=args.workers, sandbox=args.sandbox)
     if args.verifier == "exact":
         from negtune.verifiers.exact import ExactVerifier
 
@@ -180,10 +202,10 @@ def make_verifier(args: argparse.Namespace) -> Any:
 def verifier_name(args: argparse.Namespace) -> str:
     """Name of a verifier with the settings that change what it says."""
     mode = f"-{args.mode}" if args.verifier == "math" else ""
-    return f"{args.verifier}{mode}:{args.column}" if args.verifier != "code" else "code"
+    return f"{args.verifier}{mode}:{args.column}" if args.verifier in ("math", "exact") else args.verifier
 
 
-class _Progress:
+class Progress:
     """One line on the terminal: done, tokens a second, time left. Nothing where no one watches."""
 
     def __init__(self, what: str) -> None:

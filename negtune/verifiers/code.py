@@ -67,7 +67,7 @@ class CodeVerifier:
             raise ValueError(f"need seconds > 0 and memory_mib >= 64, got {seconds} and {memory_mib}")
         self.limits = Limits(seconds, memory_mib)
         self.module = module
-        self.level = _level(sandbox)
+        self.level = sandbox_level(sandbox)
         count = workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="negtune-code")
         self._sandboxes: SimpleQueue[Sandbox] = SimpleQueue()
@@ -140,7 +140,8 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _level(asked: str) -> str:
+def sandbox_level(asked: str) -> str:
+    """The level that `asked` means here. Raises ValueError where it does not work, or `auto` finds no isolation."""
     if asked not in ("auto", *LEVELS):
         raise ValueError(f"sandbox must be auto, {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, got {asked!r}")
     level, why = strongest_level()

@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from negtune import UnlearningConfig
 from negtune.losses.unlearning import FORGET_LOSSES
+from negtune.rollouts.store import RecordStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +24,22 @@ def launch(recipe: str, folder: Path, *flags: str) -> subprocess.CompletedProces
     command += [str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+def test_sampling_and_verifying_goes_on_after_it_was_stopped(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'negtune[verify]'")
+    done = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--n", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, verifier in (("gsm8k", "MathVerifier"), ("reasoning_gym", "ReasoningGymVerifier")):
+        rollouts, verdicts = (list(RecordStore(tmp_path / name, kind)) for kind in ("rollouts", "verdicts"))
+        assert len(rollouts) == len(verdicts) == 6
+        assert {v["rollout"] for v in verdicts} == {r["key"] for r in rollouts}
+        assert f"{verifier}: correct 0" in done.stdout
+        torn = next((tmp_path / name).glob("rollouts-*.jsonl"))
+        torn.write_bytes(torn.read_bytes()[:-5])  # as after a kill
+    again = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--n", "2")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert len(RecordStore(tmp_path / "gsm8k")) == len(RecordStore(tmp_path / "gsm8k", "verdicts")) == 6
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def enter_root(root: str, read_only: Sequence[str], scratch: str) -> None:
     os.chdir("/")
     _check(_libc.umount2(b"/.outside", 2), "umount")
     os.rmdir("/.outside")
+    empty_folder(scratch, mebibytes=64)
     _read_only("/", recursive=False)  # /proc has to stay as it is: the maps of new user namespaces are written there
 
 

@@ -209,7 +209,7 @@ def _bubblewrap(read_only: Sequence[str], scratch: str) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path in _DEVICES else "--ro-bind", path, path]
-    return [*command, "--proc", "/proc", "--dir", scratch, "--remount-ro", "/", "--chdir", "/"]
+    return [*command, "--proc", "/proc", "--tmpfs", scratch, "--remount-ro", "/", "--chdir", "/"]
 
 
 @functools.cache

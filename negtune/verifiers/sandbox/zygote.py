@@ -69,6 +69,8 @@ def main(control_fd: int, level: str, root: str, read_only: list[str], scratch: 
     if level == "namespaces":
         _enter_own_sandbox(root, read_only, scratch)
     os.chdir(root if level == "rlimits" else "/")
+    own = root if level == "rlimits" else scratch  # which no job sees: each mounts an empty one over it
+    os.environ.update({"HOME": own, "TMPDIR": own, "MPLCONFIGDIR": own})
     for name in preload:
         with suppress(ImportError):
             __import__(name)

@@ -1,0 +1,105 @@
+"""Sample a model on grade-school mathematics and on procedural tasks, and score what it says. One command, resumable.
+
+Data        GSM8K questions (Hub id, or a folder with test.jsonl.gz) and reasoning-gym items, which are made here.
+Expected    A store of rollouts with log-probabilities, verdicts beside it, and the share of correct ones with its
+            interval. Kill it and start it again: nothing is drawn or scored twice.
+Measured    See recipes/README.md.
+Differences None: this is no paper's method, but what the on-policy recipes start from.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/rollouts/sample_and_verify.py \
+        --config recipes/rollouts/sample_and_verify.yaml
+"""
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from negtune.cli.rollouts import Progress, print_stats
+from negtune.models.load import load_model
+from negtune.rollouts.collect import generate, verify
+from negtune.rollouts.hf import HFSampler
+from negtune.rollouts.sampler import Sampler, SamplingParams
+from negtune.rollouts.store import RecordStore
+from negtune.verifiers.math import MathVerifier
+from negtune.verifiers.reasoning import ReasoningGymVerifier
+
+ASK = "Solve the problem step by step. End with a line '#### ' and the number alone.\n\n"
+TAGS = "Give the final answer between <answer> and </answer>.\n\n"
+
+
+@dataclass
+class Arguments:
+    model: str = field(default="smollm2", metadata={"help": "Folder, hub id, smollm2 or tiny."})
+    engine: str = field(default="hf", metadata={"help": "hf or vllm."})
+    gsm8k: str = field(default="openai/gsm8k", metadata={"help": "Hub id, or a folder with test.jsonl.gz."})
+    tasks: str = field(default="chain_sum,basic_arithmetic", metadata={"help": "Of reasoning-gym, with commas."})
+    rows: int = field(default=200, metadata={"help": "Questions of each kind."})
+    n: int = field(default=1, metadata={"help": "Completions of each question."})
+    max_tokens: int = field(default=200, metadata={"help": "Of a completion; longer ones are unscored."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the draw."})
+    seed: int = field(default=0, metadata={"help": "Of the draw and of the tasks."})
+    batch_size: int = field(default=64, metadata={"help": "Completions between two writes."})
+    output_dir: str = field(default="runs/rollouts", metadata={"help": "Folder of the stores."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny random model, three questions: does it run?"})
+
+
+def main() -> None:
+    (args,) = TrlParser((Arguments,)).parse_args_and_config()
+    if args.smoke:
+        args.model, args.rows, args.max_tokens = "tiny", 3, 4
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    sampler = make_sampler(args)
+    for name, rows, verifier in (
+        ("gsm8k", gsm8k(args), MathVerifier()),
+        ("reasoning_gym", reasoning_gym(args), ReasoningGymVerifier()),
+    ):
+        folder = Path(args.output_dir, name)
+        with verifier, RecordStore(folder) as rollouts, RecordStore(folder, "verdicts") as verdicts:
+            progress = Progress(f"{name}: rollouts")
+            generate(rollouts, sampler, rows, args.n, params, part=args.batch_size, progress=progress)
+            verify(rollouts, verdicts, verifier, name=type(verifier).__name__, progress=Progress(f"{name}: verdicts"))
+        print(f"\n{name}")
+        print_stats(folder)
+
+
+def make_sampler(args: Arguments) -> Sampler:
+    model, tokenizer = load_model(args.model)
+    if args.engine == "hf":
+        return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=args.model)
+    from negtune.rollouts.vllm import VLLMSampler
+
+    return VLLMSampler(model, tokenizer, policy=args.model, max_model_len=1024)
+
+
+def gsm8k(args: Arguments) -> list[dict[str, Any]]:
+    """Chat prompts with the data set's solutions, which end in `#### answer`."""
+    file = Path(args.gsm8k, "test.jsonl.gz")
+    if args.smoke:
+        items = [{"question": f"Mia has {i} apples and buys 2. How many?", "answer": f"#### {i + 2}"} for i in range(3)]
+    elif file.exists():
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            items = [json.loads(line) for line, _ in zip(lines, range(args.rows), strict=False)]
+    else:
+        from datasets import load_dataset
+
+        items = load_dataset(args.gsm8k, "main", split=f"test[:{args.rows}]")
+    return [{"prompt": [{"role": "user", "content": ASK + i["question"]}], "answer": i["answer"]} for i in items]
+
+
+def reasoning_gym(args: Arguments) -> list[dict[str, Any]]:
+    """The same number of items of each task."""
+    import reasoning_gym
+
+    tasks = args.tasks.split(",")
+    items = [
+        i for t in tasks for i in reasoning_gym.create_dataset(t, seed=args.seed, size=-(-args.rows // len(tasks)))
+    ]
+    return [{"prompt": [{"role": "user", "content": TAGS + i["question"]}], **i} for i in items[: args.rows]]
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from negtune.data.completions import prompt_token_ids
 from negtune.models.load import load_model
 from negtune.rollouts.adapters import lora_rank, refuse_unservable
-from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps
+from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps, served_weights_hash
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.vllm import VLLMSampler
@@ -154,6 +154,37 @@ def test_attestation_passes_clean_rounds_and_finds_an_update_that_was_forgotten(
     train_a_bit(model, 1e-4)
     with pytest.raises(StaleEngineError, match="the engine is stale: it serves policy '9'"):
         attest(sampler, model, tokenizer)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_hundred_clean_rounds_raise_no_alarm_and_every_fault_of_three_tolerances_does(served):
+    """Faults of all sizes under an unchanged hash, as a stale cache would be: what the canaries alone find."""
+    model, tokenizer, sampler = served
+    largest = 0.0
+    for round_ in range(200):
+        train_a_bit(model, 0.005)
+        sampler.update(model, str(round_))
+        largest = max(largest, attest(sampler, model, tokenizer).mean_difference)
+    assert largest < 1e-4  # a tenth of the tolerance
+    missed, found = [], 0
+    for size in [10 ** (-x / 4) for x in range(4, 21)]:
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        train_a_bit(model, size)
+        sampler.served_hash = served_weights_hash(model)
+        apart = attest(sampler, model, tokenizer, tolerance=float("inf")).mean_difference
+        if apart >= 3e-3:
+            found += 1
+            try:
+                attest(sampler, model, tokenizer)
+                missed.append((size, apart))
+            except StaleEngineError:
+                pass
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.data.copy_(before[name])
+    assert found >= 4
+    assert missed == []
 
 
 @needs_vllm

@@ -5,7 +5,8 @@ at most `--tokens` tokens; the tokens that were drawn are counted.
 
 - exactness: largest difference of a token's log-probability, engine against trainer, after an update; sync seconds and
   bytes handed over;
-- tokens a second, and with a shared prefix of 200 tokens before every question, prefix cache on and off;
+- tokens a second, and with a shared prefix of 200 tokens before every question (one completion each), prefix cache on
+  and off;
 - attestation: seconds, as a share of a round of 64 x 4 x 128 tokens at the measured rate; and the largest mean
   difference in `--clean` rounds in which nothing was stale, which is the noise that a tolerance has to stay above.
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--clean", type=int, default=20, help="rounds without a fault")
+    parser.add_argument("--clean", type=int, default=10, help="rounds without a fault")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--one", nargs=2, metavar=("ARM", "FILE"), help="internal: one process's part")
@@ -131,9 +132,9 @@ def run_one(args: argparse.Namespace, arm: str) -> dict[str, Any]:
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter) * size)
 
-    def seconds_per_token(prompts: list) -> tuple[float, list]:
+    def seconds_per_token(prompts: list, n: int) -> tuple[float, list]:
         start = time.perf_counter()
-        rollouts = sampler.sample(prompts, n=args.n, params=params)
+        rollouts = sampler.sample(prompts, n=n, params=params)
         return (time.perf_counter() - start) / sum(len(r.completion_ids) for r in rollouts), rollouts
 
     train_a_bit(0.02 if "full" not in arm else 1e-3)
@@ -142,10 +143,10 @@ def run_one(args: argparse.Namespace, arm: str) -> dict[str, Any]:
         start = time.perf_counter()
         sampler.update(model, str(version))
         syncs.append(time.perf_counter() - start)
-    per_token, rollouts = seconds_per_token(questions)
+    per_token, rollouts = seconds_per_token(questions, args.n)
     engine = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in rollouts[: 4 * args.n]])
     apart = difference(engine, policy_logps(model, tokenizer, rollouts[: 4 * args.n], 1.0))
-    shared_per_token, _ = seconds_per_token(long)
+    shared_per_token, _ = seconds_per_token(long, 1)
     clean = []
     for version in range(args.clean):
         train_a_bit(1e-3)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from negtune.models.policy import is_peft
@@ -72,8 +73,14 @@ class VLLMSampler:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if not torch.cuda.is_available():
+            arguments["enable_chunked_prefill"] = False  # with it a seeded request kills vLLM 0.31's engine on a CPU
         if is_peft(model):
             arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": lora_rank(model)}
+        if engine.get("enable_chunked_prefill") and not torch.cuda.is_available():
+            raise ValueError(
+                "enable_chunked_prefill must be off on a CPU: seeded requests would end vLLM 0.31's engine"
+            )
         if engine.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
             raise ValueError("logprobs_mode must be processed_logprobs: rollouts record the distribution drawn from")
         self.llm = LLM(**{**arguments, **engine})

@@ -47,7 +47,7 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "384", "--enable-lora", "--max-lora-rank", "8"]
-        command += ["--logprobs-mode", "processed_logprobs"]
+        command += ["--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"]
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_CI_ENV": "1"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

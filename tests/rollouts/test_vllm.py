@@ -134,6 +134,19 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_drawn(served):
 
 
 @needs_vllm
+def test_more_prompt_tokens_than_one_step_of_the_engine_takes(served):
+    """With chunked prefill vLLM 0.31 on a CPU winds back a seeded request's generator, which its kind cannot."""
+    model, tokenizer, sampler = served
+    prompts = [f"Where is Rome {i}? " * 25 for i in range(40)]
+    rollouts = sampler.sample(prompts, params=SamplingParams(max_tokens=2))
+    assert sum(len(r.prompt_ids) for r in rollouts) > 4096
+    assert largest_difference(model, tokenizer, rollouts[:4]) < 1e-5
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="must be off on a CPU"):
+            VLLMSampler(model, tokenizer, enable_chunked_prefill=True)
+
+
+@needs_vllm
 def test_adapters_of_the_past_are_gone(engines):
     model, _, sampler = engines(True)
     for version in ("1", "2"):

@@ -170,6 +170,8 @@ class VLLMSampler:
         in_this_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         if in_this_process:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+            if not torch.cuda.is_available():
+                self.llm.collective_rpc(_pack_again)
         else:
             self._version += 1
             path = self._folder / f"weights-{os.getpid()}-{self._version}"
@@ -177,6 +179,16 @@ class VLLMSampler:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             shutil.rmtree(path)
         self.llm.reset_prefix_cache()
+
+
+def _pack_again(worker: Any) -> None:
+    """vLLM 0.31 computes linear layers on a CPU from packed copies, and does not renew that of a tied LM head."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for module in worker.model_runner.model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and isinstance(weight, Tensor) and weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from negtune.data.completions import prompt_token_ids
 from negtune.models.load import load_model
+from negtune.models.tiny import save_tiny
 from negtune.rollouts.adapters import lora_rank, refuse_unservable
 from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps, served_weights_hash
 from negtune.rollouts.hf import HFSampler
@@ -26,26 +27,28 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_folder):
-    """One engine for full fine-tuning and one for LoRA: starting one takes longer than all tests of it."""
+def engines(tiny_folder, tmp_path_factory):
+    """Engines for full fine-tuning, the same with a tied LM head, and LoRA: starting one takes longer than all tests of it."""
     os.environ |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    made: dict[bool, tuple] = {}
+    tied = save_tiny(tmp_path_factory.mktemp("tied"), tied=True)
+    folders = {"full": tiny_folder, "lora": tiny_folder, "tied": tied}
+    made: dict[str, tuple] = {}
 
-    def engine(lora: bool) -> tuple:
-        if lora not in made:
+    def engine(kind: str) -> tuple:
+        if kind not in made:
             torch.manual_seed(0)
-            model, tokenizer = load_model(tiny_folder)
-            model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
-            made[lora] = (model, tokenizer, VLLMSampler(model, tokenizer, enforce_eager=True, max_model_len=384))
-        return made[lora]
+            model, tokenizer = load_model(folders[kind])
+            model = get_peft_model(model, LoraConfig(**LORA)) if kind == "lora" else model
+            made[kind] = (model, tokenizer, VLLMSampler(model, tokenizer, enforce_eager=True, max_model_len=384))
+        return made[kind]
 
     yield engine
     for _, _, sampler in made.values():
         sampler.close()
 
 
-@pytest.fixture(params=[False, True], ids=["full", "lora"])
+@pytest.fixture(params=["full", "tied", "lora"])
 def served(request, engines):
     """Model, tokenizer and sampler, in step with each other."""
     model, tokenizer, sampler = engines(request.param)
@@ -148,7 +151,7 @@ def test_more_prompt_tokens_than_one_step_of_the_engine_takes(served):
 
 @needs_vllm
 def test_adapters_of_the_past_are_gone(engines):
-    model, _, sampler = engines(True)
+    model, _, sampler = engines("lora")
     for version in ("1", "2"):
         sampler.update(model, version)
     assert len(os.listdir(sampler._folder)) == 1
@@ -203,7 +206,7 @@ def test_two_hundred_clean_rounds_raise_no_alarm_and_every_fault_of_three_tolera
 @needs_vllm
 def test_attestation_finds_stale_cached_prefixes(engines, monkeypatch):
     """Weights replaced without emptying the prefix cache: the same hash, and the canaries' prompts are in the cache."""
-    model, tokenizer, sampler = engines(False)
+    model, tokenizer, sampler = engines("full")
     sampler.update(model, "before")
     attest(sampler, model, tokenizer)
     train_a_bit(model)
@@ -218,7 +221,7 @@ def test_attestation_finds_stale_cached_prefixes(engines, monkeypatch):
 
 @needs_vllm
 def test_attestation_finds_an_adapter_that_the_engine_did_not_take(engines):
-    model, tokenizer, sampler = engines(True)
+    model, tokenizer, sampler = engines("lora")
     sampler.update(model, "before")
     old = sampler._adapter
     kept = sampler._folder / "kept"

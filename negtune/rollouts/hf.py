@@ -19,7 +19,16 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from negtune.data.completions import padding_id
 from negtune.models.structure import eval_mode
-from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
+from negtune.rollouts.sampler import (
+    Prefix,
+    Prompt,
+    Request,
+    Rollout,
+    SamplingParams,
+    make_rollout,
+    request_token_ids,
+    requests_for,
+)
 
 ENGINE = "transformers"
 DEFAULT = SamplingParams()
@@ -90,20 +99,15 @@ class HFSampler:
         for i, (request, row) in enumerate(zip(requests, out[:, width:].tolist(), strict=True)):
             length = ends.lengths[i] or len(row)
             rollouts.append(
-                Rollout(
-                    key=request.key(params, self.policy),
-                    prompt=request.prompt,
-                    prefix=request.prefix,
-                    number=request.number,
+                make_rollout(
+                    request,
+                    params,
+                    self,
+                    ENGINE,
                     prompt_ids=ids[i],
                     completion_ids=row[:length],
                     logps=logps[i][:length],
-                    text=self.tokenizer.decode(row[:length], skip_special_tokens=True),
-                    finish_reason="stop" if ends.lengths[i] else "length",
-                    temperature=params.temperature,
-                    seed=request.seed(params),
-                    policy=self.policy,
-                    engine=ENGINE,
+                    reason="stop" if ends.lengths[i] else "length",
                 )
             )
         return rollouts

@@ -133,12 +133,15 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Draws completions from one policy."""
+    """Draws completions from one policy.
 
-    @property
-    def policy(self) -> str:
-        """Version of the weights that are sampled from."""
-        ...
+    Args:
+        tokenizer: of the model.
+        policy: version of the weights that are sampled from.
+    """
+
+    tokenizer: Any
+    policy: str
 
     def sample(
         self,
@@ -190,6 +193,49 @@ def request_token_ids(request: Request, tokenizer: Any) -> list[int]:
     if isinstance(prefix, str):
         prefix = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     return [*ids, *prefix]
+
+
+def make_rollout(
+    request: Request,
+    params: SamplingParams,
+    sampler: Sampler,
+    engine: str,
+    *,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    logps: list[float],
+    reason: str,
+) -> Rollout:
+    """The record of one drawn completion; a `reason` of the engine's own becomes `error`."""
+    ended = reason in ("stop", "length")
+    return Rollout(
+        key=request.key(params, sampler.policy),
+        prompt=request.prompt,
+        prefix=request.prefix,
+        number=request.number,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        logps=logps,
+        text=sampler.tokenizer.decode(completion_ids, skip_special_tokens=True),
+        finish_reason=reason if ended else "error",
+        temperature=params.temperature,
+        seed=request.seed(params),
+        policy=sampler.policy,
+        engine=engine,
+        error="" if ended else f"the engine ended with {reason}",
+    )
+
+
+def fitting_token_ids(requests: Sequence[Request], tokenizer: Any, longest: int) -> list[list[int]]:
+    """`request_token_ids` of all; ValueError for a prompt that leaves no room for a completion in `longest` tokens."""
+    ids = [request_token_ids(request, tokenizer) for request in requests]
+    for request, row in zip(requests, ids, strict=True):
+        if len(row) >= longest:
+            raise ValueError(
+                f"a prompt of {len(row)} tokens leaves no room in max_model_len={longest} "
+                f"({str(request.prompt)[:60]!r}...); start the engine with a larger one, or drop the row"
+            )
+    return ids
 
 
 def share_of(items: Sequence[Item], process_index: int, processes: int) -> Sequence[Item]:

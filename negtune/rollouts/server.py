@@ -29,7 +29,16 @@ from torch import nn
 from negtune.models.policy import is_peft
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
-from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
+from negtune.rollouts.sampler import (
+    Prefix,
+    Prompt,
+    Request,
+    Rollout,
+    SamplingParams,
+    fitting_token_ids,
+    make_rollout,
+    requests_for,
+)
 
 ENGINE = "vllm server"
 DEFAULT = SamplingParams()
@@ -116,13 +125,7 @@ class VLLMServerSampler:
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
-        ids = [request_token_ids(request, self.tokenizer) for request in requests]
-        for request, row in zip(requests, ids, strict=True):
-            if len(row) >= self._longest:
-                raise ValueError(
-                    f"a prompt of {len(row)} tokens leaves no room in the server's max_model_len={self._longest} "
-                    f"({str(request.prompt)[:60]!r}...); start it with a larger one, or drop the row"
-                )
+        ids = fitting_token_ids(requests, self.tokenizer, self._longest)
         waiting = [self._threads.submit(self._draw_one, r, row, params) for r, row in zip(requests, ids, strict=True)]
         try:
             return [future.result() for future in waiting]
@@ -165,23 +168,15 @@ class VLLMServerSampler:
         choice = answer["choices"][0]
         if choice["prompt_token_ids"] != ids:
             raise ServerError("the server changed the prompt's tokens; it has another tokenizer")
-        drawn, reason = choice["token_ids"], choice["finish_reason"]
-        ended = reason in ("stop", "length")
-        return Rollout(
-            key=request.key(params, self.policy),
-            prompt=request.prompt,
-            prefix=request.prefix,
-            number=request.number,
+        return make_rollout(
+            request,
+            params,
+            self,
+            ENGINE,
             prompt_ids=ids,
-            completion_ids=drawn,
+            completion_ids=choice["token_ids"],
             logps=choice["logprobs"]["token_logprobs"],
-            text=self.tokenizer.decode(drawn, skip_special_tokens=True),
-            finish_reason=reason if ended else "error",
-            temperature=params.temperature,
-            seed=request.seed(params),
-            policy=self.policy,
-            engine=ENGINE,
-            error="" if ended else f"vLLM ended with {reason}",
+            reason=str(choice["finish_reason"]),
         )
 
     def _load_adapter(self) -> None:

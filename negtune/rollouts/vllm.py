@@ -21,7 +21,16 @@ from negtune.models.policy import is_peft
 from negtune.models.structure import causal_lm
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
-from negtune.rollouts.sampler import Prefix, Prompt, Request, Rollout, SamplingParams, request_token_ids, requests_for
+from negtune.rollouts.sampler import (
+    Prefix,
+    Prompt,
+    Request,
+    Rollout,
+    SamplingParams,
+    fitting_token_ids,
+    make_rollout,
+    requests_for,
+)
 
 ENGINE = "vllm"
 DEFAULT = SamplingParams()
@@ -111,14 +120,7 @@ class VLLMSampler:
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
-        ids = [request_token_ids(request, self.tokenizer) for request in requests]
-        longest = self.llm.llm_engine.model_config.max_model_len
-        for request, row in zip(requests, ids, strict=True):
-            if len(row) >= longest:
-                raise ValueError(
-                    f"a prompt of {len(row)} tokens leaves no room in max_model_len={longest} "
-                    f"({str(request.prompt)[:60]!r}...); raise max_model_len or drop the row"
-                )
+        ids = fitting_token_ids(requests, self.tokenizer, self.llm.llm_engine.model_config.max_model_len)
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in ids],
             [_engine_params(request, params) for request in requests],
@@ -137,22 +139,15 @@ class VLLMSampler:
 
     def _rollout(self, request: Request, ids: list[int], output: Any, params: SamplingParams) -> Rollout:
         drawn = list(output.token_ids)
-        reason = output.finish_reason
-        return Rollout(
-            key=request.key(params, self.policy),
-            prompt=request.prompt,
-            prefix=request.prefix,
-            number=request.number,
+        return make_rollout(
+            request,
+            params,
+            self,
+            ENGINE,
             prompt_ids=ids,
             completion_ids=drawn,
             logps=[of_place[token].logprob for token, of_place in zip(drawn, output.logprobs, strict=True)],
-            text=self.tokenizer.decode(drawn, skip_special_tokens=True),
-            finish_reason=reason if reason in ("stop", "length") else "error",
-            temperature=params.temperature,
-            seed=request.seed(params),
-            policy=self.policy,
-            engine=ENGINE,
-            error="" if reason in ("stop", "length") else f"vLLM ended with {reason}",
+            reason=str(output.finish_reason),
         )
 
     def _serve_adapter(self, model: Any) -> None:

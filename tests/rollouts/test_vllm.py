@@ -28,7 +28,7 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 @pytest.fixture(scope="module")
 def engines(tiny_folder, tmp_path_factory):
-    """Engines for full training, the same with a tied LM head, and LoRA: starting one takes longer than all its tests."""
+    """Engines for full training, the same with a tied LM head, and LoRA: starting one takes longer than its tests."""
     os.environ |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     tied = save_tiny(tmp_path_factory.mktemp("tied"), tied=True)

@@ -174,9 +174,9 @@ def test_attestation_passes_clean_rounds_and_finds_an_update_that_was_forgotten(
 
 @needs_vllm
 @pytest.mark.slow
-def test_two_hundred_clean_rounds_raise_no_alarm_and_every_fault_of_three_tolerances_does(served):
+def test_two_hundred_clean_rounds_raise_no_alarm_and_every_fault_of_three_tolerances_does(engines):
     """Faults of all sizes under an unchanged hash, as a stale cache would be: what the canaries alone find."""
-    model, tokenizer, sampler = served
+    model, tokenizer, sampler = engines("full")
     largest = 0.0
     for round_ in range(200):
         train_a_bit(model, 0.005)

@@ -6,6 +6,8 @@ import pytest
 
 from negtune.verifiers.code import CodeVerifier
 
+collect_ignore_glob = ["attacks/*"]  # never imported here: they are hostile
+
 
 @pytest.fixture(scope="session")
 def verifier():

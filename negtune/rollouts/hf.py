@@ -20,21 +20,18 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from negtune.data.completions import padding_id
 from negtune.models.structure import eval_mode
 from negtune.rollouts.sampler import (
-    Prefix,
-    Prompt,
     Request,
     Rollout,
+    Sampler,
     SamplingParams,
     make_rollout,
     request_token_ids,
-    requests_for,
 )
 
 ENGINE = "transformers"
-DEFAULT = SamplingParams()
 
 
-class HFSampler:
+class HFSampler(Sampler):
     """Draws with `model.generate`.
 
     Args:
@@ -52,16 +49,6 @@ class HFSampler:
     def update(self, model: nn.Module, policy: str) -> None:
         """Sample from `model`, whose weights are called `policy`."""
         self.model, self.policy = model, policy
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        n: int = 1,
-        params: SamplingParams = DEFAULT,
-        prefixes: Sequence[Prefix] | None = None,
-    ) -> list[Rollout]:
-        """See `Sampler.sample`."""
-        return self.draw(requests_for(prompts, n, prefixes), params)
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`."""

@@ -132,8 +132,11 @@ class Rollout:
         return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
 
 
+DEFAULT_PARAMS = SamplingParams()
+
+
 class Sampler(Protocol):
-    """Draws completions from one policy.
+    """Draws completions from one policy. An engine implements `draw` and `update`.
 
     Args:
         tokenizer: of the model.
@@ -147,7 +150,7 @@ class Sampler(Protocol):
         self,
         prompts: Sequence[Prompt],
         n: int = 1,
-        params: SamplingParams = ...,
+        params: SamplingParams = DEFAULT_PARAMS,
         prefixes: Sequence[Prefix] | None = None,
     ) -> list[Rollout]:
         """`n` completions of each prompt, in order: all of the first prompt, then all of the second.
@@ -158,7 +161,7 @@ class Sampler(Protocol):
             params: how they are drawn.
             prefixes: one per prompt; the completion continues it inside the open assistant turn.
         """
-        ...
+        return self.draw(requests_for(prompts, n, prefixes), params)
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """One completion per request, in order."""

@@ -30,25 +30,22 @@ from negtune.models.policy import is_peft
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
-    Prefix,
-    Prompt,
     Request,
     Rollout,
+    Sampler,
     SamplingParams,
     fitting_token_ids,
     make_rollout,
-    requests_for,
 )
 
 ENGINE = "vllm server"
-DEFAULT = SamplingParams()
 
 
 class ServerError(RuntimeError):
     """The server cannot be reached, or refuses; the message says what to do."""
 
 
-class VLLMServerSampler:
+class VLLMServerSampler(Sampler):
     """Draws from a vLLM server that serves the adapter of the last `update`.
 
     Args:
@@ -112,16 +109,6 @@ class VLLMServerSampler:
             self._server.post("/v1/unload_lora_adapter", {"lora_name": before[0]}, accept=(404,))
             shutil.rmtree(self._folder / before[0])
         self.served_hash, self.policy = served_weights_hash(model), policy
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        n: int = 1,
-        params: SamplingParams = DEFAULT,
-        prefixes: Sequence[Prefix] | None = None,
-    ) -> list[Rollout]:
-        """See `Sampler.sample`."""
-        return self.draw(requests_for(prompts, n, prefixes), params)
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""

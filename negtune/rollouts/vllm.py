@@ -22,21 +22,18 @@ from negtune.models.structure import causal_lm
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
-    Prefix,
-    Prompt,
     Request,
     Rollout,
+    Sampler,
     SamplingParams,
     fitting_token_ids,
     make_rollout,
-    requests_for,
 )
 
 ENGINE = "vllm"
-DEFAULT = SamplingParams()
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Draws with vLLM, from the weights that the last `update` handed over.
 
     Args:
@@ -107,16 +104,6 @@ class VLLMSampler:
         else:
             self._replace_weights(model)
         self.served_hash, self.policy = served_weights_hash(model), policy
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        n: int = 1,
-        params: SamplingParams = DEFAULT,
-        prefixes: Sequence[Prefix] | None = None,
-    ) -> list[Rollout]:
-        """See `Sampler.sample`."""
-        return self.draw(requests_for(prompts, n, prefixes), params)
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""

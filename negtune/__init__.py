@@ -10,27 +10,63 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from negtune.ops import SequenceLogps as SequenceLogps
+    from negtune.rollouts.attest import attest as attest
+    from negtune.rollouts.hf import HFSampler as HFSampler
+    from negtune.rollouts.sampler import Rollout as Rollout
+    from negtune.rollouts.sampler import SamplingParams as SamplingParams
+    from negtune.rollouts.server import VLLMServerSampler as VLLMServerSampler
+    from negtune.rollouts.store import RecordStore as RecordStore
+    from negtune.rollouts.vllm import VLLMSampler as VLLMSampler
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
     from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
     from negtune.trainers.unlearning import UnlearningTrainer as UnlearningTrainer
+    from negtune.verifiers.code import CodeVerifier as CodeVerifier
+    from negtune.verifiers.exact import ExactVerifier as ExactVerifier
+    from negtune.verifiers.math import MathVerifier as MathVerifier
+    from negtune.verifiers.reasoning import ReasoningGymVerifier as ReasoningGymVerifier
+    from negtune.verifiers.verdict import Verdict as Verdict
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SequenceLogps": "negtune.ops",
+    "CodeVerifier": "negtune.verifiers.code",
+    "ExactVerifier": "negtune.verifiers.exact",
+    "HFSampler": "negtune.rollouts.hf",
+    "MathVerifier": "negtune.verifiers.math",
     "PreferenceConfig": "negtune.trainers.preference",
     "PreferenceTrainer": "negtune.trainers.preference",
+    "ReasoningGymVerifier": "negtune.verifiers.reasoning",
+    "RecordStore": "negtune.rollouts.store",
+    "Rollout": "negtune.rollouts.sampler",
+    "SamplingParams": "negtune.rollouts.sampler",
+    "SequenceLogps": "negtune.ops",
     "UnlearningConfig": "negtune.trainers.unlearning",
     "UnlearningTrainer": "negtune.trainers.unlearning",
+    "VLLMSampler": "negtune.rollouts.vllm",
+    "VLLMServerSampler": "negtune.rollouts.server",
+    "Verdict": "negtune.verifiers.verdict",
+    "attest": "negtune.rollouts.attest",
 }
 __all__ = [
+    "CodeVerifier",
+    "ExactVerifier",
+    "HFSampler",
+    "MathVerifier",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "ReasoningGymVerifier",
+    "RecordStore",
+    "Rollout",
+    "SamplingParams",
     "SequenceLogps",
     "UnlearningConfig",
     "UnlearningTrainer",
+    "VLLMSampler",
+    "VLLMServerSampler",
+    "Verdict",
     "__version__",
+    "attest",
 ]
 
 

@@ -6,6 +6,7 @@ Rows are JSONL with `prompt` and `completion` (text or chat messages), optionall
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def load(name: str | Path, args: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
-    """`load_model`, then onto the GPU if there is one."""
+    """`load_model`, then onto this process's GPU if there is one."""
     import torch
 
     from negtune.models.load import load_model
 
     model, tokenizer = load_model(name, dtype=args.dtype, **options)
     if torch.cuda.is_available() and not options.get("load_in_4bit"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = model.to("cuda")
     return model, tokenizer
 

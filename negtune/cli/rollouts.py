@@ -1,11 +1,13 @@
 """Draw completions from a model, score them, and count: stores that survive a crash and go on where they were.
 
-Rows are JSONL with `prompt` (text or chat messages), optionally `prefix`, and the columns a verifier needs.
+Rows are JSONL with `prompt` (text or chat messages), optionally `prefix`, and the columns a verifier needs. Started by
+`torchrun --no-python negtune ...` or `accelerate launch -m negtune.cli.main ...` every process takes its share.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -70,8 +72,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=32, metavar="N", help="completions at a time (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    parser.add_argument("--engine", default="hf", choices=["hf", "vllm"], help="(default: %(default)s)")
+    parser.add_argument("--engine", default="hf", choices=["hf", "vllm", "server"], help="(default: %(default)s)")
     parser.add_argument("--max_model_len", type=int, metavar="N", help="vllm: prompt and completion together")
+    parser.add_argument("--url", metavar="URL", help="server: of a vLLM server, http://host:port")
+    parser.add_argument("--api_key_env", metavar="NAME", help="server: environment variable with the key for it")
+    parser.add_argument("--adapter_dir", metavar="DIR", help="server: where it finds adapters, if on another machine")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights; needs negtune[quant]")
 
 
@@ -84,13 +89,13 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Draw what the store does not have yet."""
+    _check_engine(args)
     rows = read_jsonl(args.prompts)[: args.limit]
     if not rows:
         raise ValueError(f"{args.prompts} has no rows")
     for number, row in enumerate(rows, start=1):
         if not row.get("prompt"):
             raise ValueError(f"{args.prompts}, row {number}: no prompt; the row has {', '.join(row) or 'nothing'}")
-    from negtune.cli.evaluate import load
     from negtune.rollouts import collect
     from negtune.rollouts.sampler import SamplingParams
     from negtune.rollouts.store import RecordStore
@@ -104,26 +109,62 @@ def generate(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
         seed=args.seed,
     )
-    model, tokenizer = load(args.model, args, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
-    policy = "+".join(filter(None, [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]))
-    sampler = _sampler(args, model, tokenizer, policy)
-    with RecordStore(args.store) as store:
+    index, processes = collect.launched_processes()
+    sampler = _sampler(args)
+    with RecordStore(args.store, process_index=index) as store:
         drawn = collect.generate(
-            store, sampler, rows, args.n, params, part=args.batch_size, progress=Progress("rollouts")
+            store,
+            sampler,
+            rows,
+            args.n,
+            params,
+            part=args.batch_size,
+            process_index=index,
+            processes=processes,
+            progress=Progress("rollouts") if index == 0 else None,
         )
-        print(f"{drawn} drawn, {len(store)} in {args.store}")
+        by = f"process {index}: " if processes > 1 else ""
+        print(f"{by}{drawn} drawn, {len(store)} in {args.store}")
     return 0
 
 
-def _sampler(args: argparse.Namespace, model: Any, tokenizer: Any, policy: str) -> Any:
-    if args.engine == "vllm":
-        from negtune.rollouts.vllm import VLLMSampler
+def _check_engine(args: argparse.Namespace) -> None:
+    if (args.url is None) == (args.engine == "server"):
+        raise ValueError("--engine server needs --url http://host:port, and --url needs --engine server")
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise ValueError(f"--api_key_env {args.api_key_env}: no such environment variable")
 
-        engine = {"max_model_len": args.max_model_len} if args.max_model_len else {}
-        return VLLMSampler(model, tokenizer, policy=policy, **engine)
-    from negtune.rollouts.hf import HFSampler
 
-    return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
+def _sampler(args: argparse.Namespace) -> Any:
+    import torch
+
+    policy = "+".join(filter(None, [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]))
+    if args.engine == "hf":
+        from negtune.cli.evaluate import load
+        from negtune.rollouts.hf import HFSampler
+
+        model, tokenizer = load(args.model, args, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+        return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
+    from negtune.models.load import load_model, load_tokenizer, resolve
+
+    if args.engine == "server" and not args.adapter:
+        model, tokenizer = resolve(args.model), load_tokenizer(args.model)
+    else:
+        model, tokenizer = load_model(
+            args.model, dtype=args.dtype, adapter=args.adapter, load_in_4bit=args.load_in_4bit
+        )
+    if args.engine == "server":
+        from negtune.rollouts.server import VLLMServerSampler
+
+        key = os.environ[args.api_key_env] if args.api_key_env else None
+        settings = {"folder": args.adapter_dir, "api_key": key, "concurrency": args.batch_size}
+        return VLLMServerSampler(model, tokenizer, args.url, policy=policy, **settings)
+    from negtune.rollouts.vllm import VLLMSampler
+
+    engine = {"max_model_len": args.max_model_len} if args.max_model_len else {}
+    if torch.cuda.is_available():
+        engine["gpu_memory_utilization"] = 0.9  # nobody trains beside it
+    return VLLMSampler(model, tokenizer, policy=policy, **engine)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -131,18 +172,24 @@ def verify(args: argparse.Namespace) -> int:
     from negtune.rollouts import collect
     from negtune.rollouts.store import RecordStore
 
+    index, processes = collect.launched_processes()
     rollouts = RecordStore(args.store)
     if not len(rollouts):
         raise ValueError(f"{args.store} has no rollouts; draw some with negtune rollouts generate")
-    with make_verifier(args) as verifier, RecordStore(args.store, "verdicts") as verdicts:
+    with make_verifier(args) as verifier, RecordStore(args.store, "verdicts", process_index=index) as verdicts:
         scored = collect.verify(
             rollouts,
             verdicts,
             verifier,
             name=verifier_name(args),
             max_unscored=args.max_unscored,
-            progress=Progress("verdicts"),
+            process_index=index,
+            processes=processes,
+            progress=Progress("verdicts") if index == 0 else None,
         )
+    if processes > 1:
+        print(f"process {index}: {scored} scored; what all have: negtune rollouts stats --store {args.store}")
+        return 0
     print(f"{scored} scored")
     return stats(args)
 

@@ -5,6 +5,7 @@ Whatever is killed in between goes on where it was: what the store has is neithe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -69,6 +70,8 @@ def verify(
     part: int = 64,
     max_unscored: float = 0.2,
     as_chat: bool = False,
+    process_index: int = 0,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> int:
     """Score every rollout that has no verdict of `name` yet; returns how many were scored.
@@ -84,12 +87,13 @@ def verify(
         max_unscored: share of completions that the verifier may fail on, before `TooManyUnscored` is raised. Cut ones
             do not count.
         as_chat: hand completions over as chat messages.
+        process_index, processes: this process scores its share of what all have drawn; wait for them before.
         progress: see `Progress`.
     """
-    total = len(rollouts)
+    total = len(range(process_index, len(rollouts), processes))
     done = scored = 0
     seen: list[Verdict] = []
-    for some in in_parts(rollouts, part):
+    for some in in_parts(islice(rollouts, process_index, None, processes), part):
         new = [record for record in some if f"{record['key']}:{name}" not in verdicts]
         fit = [record for record in new if record["finish_reason"] == "stop"]
         found = _verify(verifier, fit, as_chat)
@@ -129,6 +133,11 @@ def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: b
 def _record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
     columns = {name: value for name, value in row.items() if name not in ("prompt", "prefix")}
     return {**asdict(rollout), "columns": columns}
+
+
+def launched_processes() -> tuple[int, int]:
+    """This process's index, and how many there are, as `accelerate launch` and `torchrun` say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -105,6 +105,7 @@ class Rollout:
         policy: version of the weights it was drawn from.
         engine: what drew it.
         error: what went wrong, if `finish_reason` is `error`.
+        truncated: whether `top_p`, `top_k` or `min_p` cut the distribution; see `ratios`.
     """
 
     key: str
@@ -121,6 +122,7 @@ class Rollout:
     policy: str
     engine: str
     error: str = ""
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         if len(self.logps) != len(self.completion_ids):
@@ -170,6 +172,9 @@ class Sampler(Protocol):
     def update(self, model: Any, policy: str) -> None:
         """Sample from the weights that `model` has now, which are called `policy` from here on."""
         ...
+
+    def sleep(self) -> None:
+        """Give device memory back until the next `update` or `draw`, where the engine can; nothing elsewhere."""
 
 
 def requests_for(prompts: Sequence[Prompt], n: int, prefixes: Sequence[Prefix] | None = None) -> list[Request]:
@@ -226,6 +231,7 @@ def make_rollout(
         policy=sampler.policy,
         engine=engine,
         error="" if ended else f"the engine ended with {reason}",
+        truncated=params.truncated,
     )
 
 

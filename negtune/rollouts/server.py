@@ -49,7 +49,8 @@ class VLLMServerSampler(Sampler):
     """Draws from a vLLM server that serves the adapter of the last `update`.
 
     Args:
-        model: a `PeftModel` with a LoRA adapter; the server has its base model.
+        model: a `PeftModel` with a LoRA adapter, whose base model the server has. Or the name of the server's model
+            (folder or hub id), to draw from that as it is.
         tokenizer: of the model.
         url: `http://host:port` of the server.
         policy: version of the weights, for the record.
@@ -67,7 +68,7 @@ class VLLMServerSampler(Sampler):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         tokenizer: Any,
         url: str,
         *,
@@ -78,21 +79,24 @@ class VLLMServerSampler(Sampler):
         timeout: float = 600.0,
         patience: float = 120.0,
     ) -> None:
-        if not is_peft(model):
-            raise ValueError("a server takes LoRA adapters only; train with peft_config, or sample with VLLMSampler")
-        refuse_unservable(model)
+        if not isinstance(model, str):
+            _refuse_full(model)
+            refuse_unservable(model)
         self._server = _Server(url, api_key, timeout, patience)
-        self.tokenizer, self.policy, self.served_hash = tokenizer, policy, ""
+        self.tokenizer, self.policy = tokenizer, policy
+        self.served_hash: str | None = None
         self._temporary = tempfile.TemporaryDirectory(prefix="negtune-adapters-") if folder is None else None
         self._folder = Path(folder or self._temporary.name)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="negtune-server")
         self._session, self._version = uuid.uuid4().hex[:8], 0
         self._adapter: tuple[str, Path] | None = None
-        self._longest = self._check_model(model)
-        self.update(model, policy)
+        self._base, self._longest = self._check_model(model)
+        if not isinstance(model, str):
+            self.update(model, policy)
 
     def update(self, model: nn.Module, policy: str) -> None:
         """Sample from the adapter that `model` has now, called `policy` from here on."""
+        _refuse_full(model)
         self._version += 1
         name = f"policy-{self._session}-{self._version}"
         before, self._adapter = self._adapter, (name, save_adapter(model, self._folder / name).resolve())
@@ -131,9 +135,8 @@ class VLLMServerSampler(Sampler):
             self._temporary.cleanup()
 
     def _draw_one(self, request: Request, ids: list[int], params: SamplingParams) -> Rollout:
-        assert self._adapter is not None
         body = {
-            "model": self._adapter[0],
+            "model": self._base if self._adapter is None else self._adapter[0],
             "prompt": ids,
             "n": 1,
             "temperature": params.temperature,
@@ -148,7 +151,7 @@ class VLLMServerSampler(Sampler):
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        answer = self._server.post("/v1/completions", body, accept=(404,))
+        answer = self._server.post("/v1/completions", body, accept=() if self._adapter is None else (404,))
         if answer is None:  # a server that was started again does not know the adapter
             self._load_adapter()
             answer = self._server.post("/v1/completions", body)
@@ -186,18 +189,17 @@ class VLLMServerSampler(Sampler):
                 ) from error
             raise
 
-    def _check_model(self, model: Any) -> int:
-        """`max_model_len` of the server's base model, which has to be the trained one's."""
+    def _check_model(self, model: Any) -> tuple[str, int]:
+        """Name and `max_model_len` of the server's base model, which has to be the trained one's."""
         served = self._server.get("/v1/models")["data"]
         base = next((m for m in served if not m.get("parent")), None)
         if base is None:
             raise ServerError(f"the server lists no base model, only {[m['id'] for m in served]}")
-        ours = str(model.get_base_model().config._name_or_path)
+        ours = model if isinstance(model, str) else str(model.get_base_model().config._name_or_path)
         if _model_name(base["root"]) != _model_name(ours) and _model_name(base["id"]) != _model_name(ours):
-            raise ValueError(
-                f"the server serves {base['root']}, the adapter belongs to {ours}; start it with --model {ours}"
-            )
-        return int(base["max_model_len"])
+            wanted = f"{ours} is wanted" if isinstance(model, str) else f"the adapter belongs to {ours}"
+            raise ValueError(f"the server serves {base['root']}, {wanted}; start it with --model {ours}")
+        return base["id"], int(base["max_model_len"])
 
 
 class _Server:
@@ -255,6 +257,11 @@ class _Server:
             return json.loads(content)
         except ValueError:
             return content.decode(errors="replace")
+
+
+def _refuse_full(model: nn.Module) -> None:
+    if not is_peft(model):
+        raise ValueError("a server takes LoRA adapters only; train with peft_config, or sample with VLLMSampler")
 
 
 def _model_name(text: str) -> str:

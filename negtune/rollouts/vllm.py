@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ class VLLMSampler(Sampler):
         policy: version of the weights, for the record.
         checkpoint: folder or hub id to load instead of the model's own.
         folder: where adapters are kept for the engine; a temporary one by default.
-        engine: further arguments of `vllm.LLM` (`max_model_len`, `gpu_memory_utilization`, `tensor_parallel_size`,
-            `enforce_eager` ...). `dtype` is the trained model's if not given: vLLM by itself would take bfloat16 for a
-            float32 model, and the two would differ by more than many a policy step.
+        engine: further arguments of `vllm.LLM` (`max_model_len`, `tensor_parallel_size`, `enforce_eager`,
+            `enable_sleep_mode` ...). `dtype` is the trained model's if not given: vLLM by itself would take bfloat16
+            for a float32 model, and the two would differ by more than many a policy step. `gpu_memory_utilization` is
+            0.3 if not given, as the trainer is on the same GPU.
 
     Raises:
         ValueError: vLLM cannot serve this model or adapter as it is trained; the message says what can.
@@ -63,33 +64,20 @@ class VLLMSampler(Sampler):
         **engine: Any,
     ) -> None:
         refuse_unservable(model, engine.get("quantization"))
-        self.tokenizer, self.policy = tokenizer, policy
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over as tensors
+        arguments = {**_defaults(model, checkpoint), **engine}
+        _refuse_settings(arguments)
+        self._in_this_process = _in_this_process(arguments)
+        self._sleeps, self._asleep = bool(arguments.get("enable_sleep_mode")), False
+        self.tokenizer, self.policy, self.served_hash = tokenizer, policy, ""
         self._temporary = tempfile.TemporaryDirectory(prefix="negtune-adapters-") if folder is None else None
         self._folder = Path(folder or self._temporary.name)
         self._version, self._adapter = 0, None
-        self.served_hash = ""
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over as tensors
         from vllm import LLM
 
-        arguments = {
-            "model": str(checkpoint or model.config._name_or_path),
-            "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
-            "logprobs_mode": "processed_logprobs",  # of the distribution tokens are drawn from
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "seed": 0,
-        }
-        if not torch.cuda.is_available():
-            arguments["enable_chunked_prefill"] = False  # with it a seeded request kills vLLM 0.31's engine on a CPU
-        if is_peft(model):
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": lora_rank(model)}
-        if engine.get("enable_chunked_prefill") and not torch.cuda.is_available():
-            raise ValueError(
-                "enable_chunked_prefill must be off on a CPU: seeded requests would end vLLM 0.31's engine"
-            )
-        if engine.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
-            raise ValueError("logprobs_mode must be processed_logprobs: rollouts record the distribution drawn from")
-        self.llm = LLM(**{**arguments, **engine})
+        self.llm = LLM(**arguments)
+        if is_peft(model) and not torch.cuda.is_available():
+            self.llm.collective_rpc("multiply_by_one_adapter")
         self.update(model, policy)
 
     def update(self, model: nn.Module, policy: str) -> None:
@@ -99,6 +87,7 @@ class VLLMSampler(Sampler):
             model: with the same adapter settings as at construction.
             policy: name of this version.
         """
+        self._wake()
         if is_peft(model):
             self._serve_adapter(model)
         else:
@@ -108,6 +97,7 @@ class VLLMSampler(Sampler):
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
         ids = fitting_token_ids(requests, self.tokenizer, self.llm.llm_engine.model_config.max_model_len)
+        self._wake()
         outputs = self.llm.generate(
             [{"prompt_token_ids": row} for row in ids],
             [_engine_params(request, params) for request in requests],
@@ -118,6 +108,20 @@ class VLLMSampler(Sampler):
             self._rollout(request, row, output.outputs[0], params)
             for request, row, output in zip(requests, ids, outputs, strict=True)
         ]
+
+    def sleep(self) -> None:
+        """Free the GPU for training until the next `update` or `draw`: weights wait in main memory, prefixes are lost.
+
+        Does nothing unless the sampler was made with `enable_sleep_mode=True`, which vLLM has on CUDA only.
+        """
+        if self._sleeps and not self._asleep:
+            self.llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Forget the adapters' folder. The engine ends with the process."""
@@ -149,28 +153,70 @@ class VLLMSampler(Sampler):
             shutil.rmtree(self._folder / before.lora_name)
 
     def _replace_weights(self, model: nn.Module) -> None:
-        in_this_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-        if in_this_process:
+        if self._in_this_process:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
-            if not torch.cuda.is_available():
-                self.llm.collective_rpc(_pack_again)
         else:
             self._version += 1
             path = self._folder / f"weights-{os.getpid()}-{self._version}"
             model.save_pretrained(path)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             shutil.rmtree(path)
+        if not torch.cuda.is_available():
+            self.llm.collective_rpc("pack_linear_layers_again")
         self.llm.reset_prefix_cache()
 
 
-def _pack_again(worker: Any) -> None:
-    """vLLM 0.31 computes linear layers on a CPU from packed copies, and does not renew that of a tied LM head."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+def _defaults(model: nn.Module, checkpoint: str | Path | None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` under which it computes what the trainer computes, and leaves room for it."""
+    arguments: dict[str, Any] = {
+        "model": str(checkpoint or model.config._name_or_path),
+        "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
+        "logprobs_mode": "processed_logprobs",  # of the distribution tokens are drawn from
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if torch.cuda.is_available():
+        arguments["gpu_memory_utilization"] = 0.3
+    else:
+        arguments["enable_chunked_prefill"] = False  # with it a seeded request kills vLLM 0.31's engine on a CPU
+        arguments["worker_extension_cls"] = "negtune.rollouts.worker.WorkerExtension"
+    if _launched() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"  # on this process's device
+    if is_peft(model):
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": lora_rank(model)}
+    return arguments
 
-    for module in worker.model_runner.model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and isinstance(weight, Tensor) and weight.numel():
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+def _refuse_settings(arguments: Mapping[str, Any]) -> None:
+    if arguments["logprobs_mode"] != "processed_logprobs":
+        raise ValueError("logprobs_mode must be processed_logprobs: rollouts record the distribution drawn from")
+    if _launched() > 1 and _parts(arguments) > 1:
+        raise ValueError(
+            "several training processes have one engine each, which cannot be split over devices as well; leave "
+            "tensor_parallel_size at 1, or sample from a server with VLLMServerSampler"
+        )
+    if torch.cuda.is_available():
+        return
+    if arguments["enable_chunked_prefill"]:
+        raise ValueError("enable_chunked_prefill must be off on a CPU: seeded requests would end vLLM 0.31's engine")
+    if arguments.get("enable_sleep_mode"):
+        raise ValueError("enable_sleep_mode needs a CUDA device; on a CPU there is no device memory to give back")
+
+
+def _in_this_process(arguments: Mapping[str, Any]) -> bool:
+    """Whether the worker is here, so that tensors can be handed to it."""
+    executor = arguments.get("distributed_executor_backend") or "uni"
+    one_worker = _parts(arguments) == 1 and executor in ("uni", "external_launcher")
+    return one_worker and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def _parts(arguments: Mapping[str, Any]) -> int:
+    return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+
+
+def _launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

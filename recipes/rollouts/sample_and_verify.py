@@ -8,14 +8,18 @@ Differences None: this is no paper's method, but what the on-policy recipes star
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/rollouts/sample_and_verify.py \
         --config recipes/rollouts/sample_and_verify.yaml
+
+With several processes (ddp.yaml; `torchrun` on a CPU) each draws and scores its share.
 """
 
 import gzip
 import json
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import TrlParser
 
 from negtune.cli.rollouts import Progress, print_stats
@@ -51,25 +55,36 @@ def main() -> None:
     (args,) = TrlParser((Arguments,)).parse_args_and_config()
     if args.smoke:
         args.model, args.rows, args.max_tokens = "tiny", 3, 4
+    state = PartialState(timeout=timedelta(days=1))  # for which a process waits for the slowest one
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
-    sampler = make_sampler(args)
+    sampler = make_sampler(args, state)
     for name, rows, verifier in (
         ("gsm8k", gsm8k(args), MathVerifier()),
         ("reasoning_gym", reasoning_gym(args), ReasoningGymVerifier()),
     ):
-        folder = Path(args.output_dir, name)
-        with verifier, RecordStore(folder) as rollouts, RecordStore(folder, "verdicts") as verdicts:
-            progress = Progress(f"{name}: rollouts")
-            generate(rollouts, sampler, rows, args.n, params, part=args.batch_size, progress=progress)
-            verify(rollouts, verdicts, verifier, name=type(verifier).__name__, progress=Progress(f"{name}: verdicts"))
-        print(f"\n{name}")
-        print_stats(folder)
+        folder, i = Path(args.output_dir, name), state.process_index
+        share = {"process_index": i, "processes": state.num_processes, "part": args.batch_size}
+        with RecordStore(folder, process_index=i) as rollouts:
+            generate(rollouts, sampler, rows, args.n, params, **share, progress=watched(state, f"{name}: rollouts"))
+        state.wait_for_everyone()
+        with verifier, RecordStore(folder, "verdicts", process_index=i) as verdicts:
+            watch = watched(state, f"{name}: verdicts")
+            verify(RecordStore(folder), verdicts, verifier, name=type(verifier).__name__, **share, progress=watch)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            print(f"\n{name}")
+            print_stats(folder)
+    state.destroy_process_group()
 
 
-def make_sampler(args: Arguments) -> Sampler:
+def watched(state: PartialState, what: str) -> Progress | None:
+    return Progress(what) if state.is_main_process else None
+
+
+def make_sampler(args: Arguments, state: PartialState) -> Sampler:
     model, tokenizer = load_model(args.model)
     if args.engine == "hf":
-        return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=args.model)
+        return HFSampler(model.to(state.device), tokenizer, batch_size=args.batch_size, policy=args.model)
     from negtune.rollouts.vllm import VLLMSampler
 
     return VLLMSampler(model, tokenizer, policy=args.model, max_model_len=1024)

@@ -8,6 +8,7 @@ from negtune.cli.main import main
 from negtune.records import append_jsonl, read_jsonl, write_jsonl
 from negtune.rollouts.store import RecordStore
 
+GENERATE = ["rollouts", "generate", "--model", "tiny", "--store", "s", "--prompts"]
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
 
 
@@ -74,7 +75,14 @@ def test_audit_gives_both_error_rates_by_bucket_with_examples(files, capsys):
     [
         (["rollouts", "stats", "--store", "nowhere"], "nowhere has no rollouts"),
         (["rollouts", "verify", "--store", "nowhere", "--verifier", "exact"], "nowhere has no rollouts"),
-        (["rollouts", "generate", "--model", "tiny", "--prompts", "no.jsonl", "--store", "s"], "No such file"),
+        ([*GENERATE, "no.jsonl"], "No such file"),
+        ([*GENERATE, "prompts.jsonl", "--engine", "server"], "--engine server needs --url http://host:port"),
+        ([*GENERATE, "prompts.jsonl", "--url", "http://127.0.0.1:1"], "--url needs --engine server"),
+        (
+            [*GENERATE, "prompts.jsonl", "--engine", "server", "--url", "http://127.0.0.1:1", "--api_key_env", "NO"],
+            "--api_key_env NO: no such environment variable",
+        ),
+        ([*GENERATE, "prompts.jsonl", "--engine", "server", "--url", "127.0.0.1:1"], "url must be http://host:port"),
     ],
 )
 def test_mistakes_are_one_line(files, monkeypatch, capsys, arguments, words):

@@ -86,3 +86,30 @@ def test_packed_trees_give_the_gradients_of_padded_rows(attention):
         found[mode] = [logps.detach(), *(p.grad for p in model.parameters())]
     for packed, padded in zip(found["on"], found["off"], strict=True):
         torch.testing.assert_close(packed, padded, rtol=0, atol=1e-3 * padded.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_engine_that_slept_draws_from_the_weights_of_its_last_update(tiny_folder, lora):
+    pytest.importorskip("vllm", reason="needs vLLM: pip install 'negtune[vllm]'")
+    from peft import LoraConfig, get_peft_model
+
+    from negtune import SamplingParams, VLLMSampler, attest
+    from negtune.models.load import load_model
+
+    model, tokenizer = load_model(tiny_folder)
+    model = model.cuda()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    sampler = VLLMSampler(model, tokenizer, max_model_len=384, enable_sleep_mode=True)
+    for version in ("1", "2"):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        sampler.sleep()
+        sampler.update(model, version)
+        attest(sampler, model, tokenizer)
+        before = sampler.sample(["Where is Rome?"], params=SamplingParams(max_tokens=8))
+        held = torch.cuda.mem_get_info()[0]
+        sampler.sleep()
+        assert torch.cuda.mem_get_info()[0] > held
+        assert sampler.sample(["Where is Rome?"], params=SamplingParams(max_tokens=8)) == before

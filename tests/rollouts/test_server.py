@@ -19,11 +19,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from negtune.cli.main import main
 from negtune.models.load import load_model
 from negtune.models.tiny import save_tiny, tiny_lm
+from negtune.records import write_jsonl
 from negtune.rollouts.attest import StaleEngineError, attest
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.server import ServerError, VLLMServerSampler
+from negtune.rollouts.store import RecordStore
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test"
@@ -161,6 +164,27 @@ def test_every_version_is_served_exactly(server, model_and_tokenizer):
         adapters = [m["id"] for m in json.load(answer)["data"] if m.get("parent")]
     assert adapters == [sampler._adapter[0]]  # older versions are gone
     sampler.close()
+
+
+@needs_vllm
+def test_the_servers_own_model_is_drawn_from_without_loading_it(server, tiny_folder, tmp_path, capsys):
+    model, tokenizer = load_model(tiny_folder)
+    sampler = VLLMServerSampler(str(tiny_folder), tokenizer, server.url)
+    assert attest(sampler, model, tokenizer).max_difference < 1e-4
+    with pytest.raises(ValueError, match="a server takes LoRA adapters only"):
+        sampler.update(model, "1")
+    sampler.close()
+    with pytest.raises(ValueError, match="some/model is wanted; start it with --model some/model"):
+        VLLMServerSampler("some/model", tokenizer, server.url)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who?"}, {"prompt": "Where?"}])
+    generate = ["rollouts", "generate", "--model", str(tiny_folder), "--prompts", str(tmp_path / "prompts.jsonl")]
+    generate += ["--store", str(tmp_path / "store"), "--max_tokens", "4", "--engine", "server", "--url", server.url]
+    assert main(generate) == 0
+    assert "2 drawn, 2 in" in capsys.readouterr().out
+    get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    assert main([*generate, "--adapter", str(tmp_path / "adapter")]) == 0
+    assert "2 drawn, 4 in" in capsys.readouterr().out  # another policy
+    assert {r["engine"] for r in RecordStore(tmp_path / "store")} == {"vllm server"}
 
 
 @needs_vllm

@@ -17,6 +17,7 @@ from negtune.rollouts.attest import StaleEngineError, attest, difference, policy
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.vllm import VLLMSampler
+from negtune.rollouts.worker import WorkerExtension
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test"
@@ -277,3 +278,72 @@ def test_four_bit_models_are_refused_with_the_way_out(tiny_folder):
 def test_the_rank_fits_the_largest_adapter(tiny):
     model = get_peft_model(tiny[0], LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 20}))
     assert lora_rank(model) == 32
+
+
+def test_a_sleeping_engine_is_woken_once_before_it_is_used(tiny, monkeypatch):
+    """The order of calls only: vLLM sleeps on CUDA, where tests/gpu has the real one."""
+    calls: list[str] = []
+
+    class Engine:
+        llm_engine = property(lambda self: self)
+        model_config = property(lambda self: self)
+        max_model_len = 384
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append(name) or []
+
+    sampler = VLLMSampler.__new__(VLLMSampler)
+    sampler.llm, sampler.tokenizer, sampler.policy, sampler._adapter = Engine(), tiny[1], "0", None
+    sampler._sleeps, sampler._asleep, sampler._in_this_process = True, False, True
+    sampler.sleep()
+    sampler.sleep()
+    sampler.update(tiny[0], "1")
+    assert calls[:3] == ["sleep", "wake_up", "collective_rpc"]
+    calls.clear()
+    sampler.draw([], PARAMS)
+    sampler.sleep()
+    sampler.draw([], PARAMS)
+    assert calls == ["generate", "sleep", "wake_up", "generate"]
+    sampler._sleeps, sampler._asleep = False, False
+    calls.clear()
+    sampler.sleep()
+    assert calls == []
+
+
+@needs_vllm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_products_with_one_adapter_are_what_vllm_gathers(dtype, adapters, monkeypatch):
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    names = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+    gathered = {name: getattr(lora_ops, name) for name in names}
+    seen: list[tuple] = []
+    for name, function in gathered.items():
+        for module in (lora_ops, punica_cpu):  # put back after the test
+            monkeypatch.setattr(module, name, lambda *a, _f=function, **k: (seen.append(a), _f(*a, **k))[1])
+    WorkerExtension().multiply_by_one_adapter()
+    torch.manual_seed(0)
+    x, small = torch.randn(5, 12, dtype=dtype), torch.randn(5, 4, dtype=torch.float32)
+    down, up = torch.randn(adapters, 1, 4, 12, dtype=dtype), torch.randn(adapters, 1, 8, 4, dtype=dtype)
+    index = torch.tensor([0, adapters - 1, 0, 0, adapters - 1])
+    calls = [
+        ("bgmv_shrink", (x, down), torch.zeros(5, 6, dtype=torch.float32), (index, 2.0)),
+        ("bgmv_expand", (small, up), torch.ones(5, 10, dtype=dtype), (index, True)),
+        ("bgmv_expand", (small, up), torch.ones(5, 6, dtype=dtype), (index, False)),
+        ("bgmv_expand_slice", (small, up), torch.ones(5, 20, dtype=dtype), (index, 3, 8, True)),
+    ]
+    for module in (lora_ops, punica_cpu):
+        for name, inputs, out, more in calls:
+            ours, theirs = out.clone(), out.clone()
+            getattr(module, name)(*inputs, ours, *more)
+            gathered[name](*inputs, theirs, *more)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert bool(seen) == (adapters == 2)  # several adapters are left to vLLM
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a CUDA device only")
+def test_sleep_without_a_gpu_is_refused(tiny):
+    with pytest.raises(ValueError, match="enable_sleep_mode needs a CUDA device"):
+        VLLMSampler(*tiny, enable_sleep_mode=True)

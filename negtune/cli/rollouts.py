@@ -60,7 +60,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="completions of each row (default: %(default)s)")
+    parser.add_argument(
+        "--num_generations", type=int, default=1, metavar="N", help="completions of each row (default: %(default)s)"
+    )
     parser.add_argument("--max_tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="(default: %(default)s)")
@@ -116,7 +118,7 @@ def generate(args: argparse.Namespace) -> int:
             store,
             sampler,
             rows,
-            args.n,
+            args.num_generations,
             params,
             part=args.batch_size,
             process_index=index,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from negtune.rollouts.sampler import Rollout, SamplingParams
 
-WAY_OUT = "draw with top_p=1, top_k=0, min_p=0, or train without ratios"
+WAY_OUT = "draw with top_p=1, top_k=0, min_p=0 and temperature > 0, or train without ratios"
 
 
 class TruncatedSamplingWarning(UserWarning):

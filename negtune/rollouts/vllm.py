@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from negtune.models.policy import is_peft
@@ -73,6 +74,10 @@ class VLLMSampler(Sampler):
         self._temporary = tempfile.TemporaryDirectory(prefix="negtune-adapters-") if folder is None else None
         self._folder = Path(folder or self._temporary.name)
         self._version, self._adapter = 0, None
+        if _launched() > 1:
+            PartialState(
+                cpu=not torch.cuda.is_available()
+            )  # vLLM joins the group of the training processes, or fails where there is none yet
         from vllm import LLM
 
         self.llm = LLM(**arguments)

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from trl import TrlParser
 
@@ -42,7 +43,7 @@ class Arguments:
     gsm8k: str = field(default="openai/gsm8k", metadata={"help": "Hub id, or a folder with test.jsonl.gz."})
     tasks: str = field(default="chain_sum,basic_arithmetic", metadata={"help": "Of reasoning-gym, with commas."})
     rows: int = field(default=200, metadata={"help": "Questions of each kind."})
-    n: int = field(default=1, metadata={"help": "Completions of each question."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of each question."})
     max_tokens: int = field(default=200, metadata={"help": "Of a completion; longer ones are unscored."})
     temperature: float = field(default=1.0, metadata={"help": "Of the draw."})
     seed: int = field(default=0, metadata={"help": "Of the draw and of the tasks."})
@@ -55,7 +56,8 @@ def main() -> None:
     (args,) = TrlParser((Arguments,)).parse_args_and_config()
     if args.smoke:
         args.model, args.rows, args.max_tokens = "tiny", 3, 4
-    state = PartialState(timeout=timedelta(days=1))  # for which a process waits for the slowest one
+    waits = timedelta(days=1)  # for the slowest process
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=waits)
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     sampler = make_sampler(args, state)
     for name, rows, verifier in (
@@ -65,7 +67,15 @@ def main() -> None:
         folder, i = Path(args.output_dir, name), state.process_index
         share = {"process_index": i, "processes": state.num_processes, "part": args.batch_size}
         with RecordStore(folder, process_index=i) as rollouts:
-            generate(rollouts, sampler, rows, args.n, params, **share, progress=watched(state, f"{name}: rollouts"))
+            generate(
+                rollouts,
+                sampler,
+                rows,
+                args.num_generations,
+                params,
+                **share,
+                progress=watched(state, f"{name}: rollouts"),
+            )
         state.wait_for_everyone()
         with verifier, RecordStore(folder, "verdicts", process_index=i) as verdicts:
             watch = watched(state, f"{name}: verdicts")

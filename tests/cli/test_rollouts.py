@@ -24,9 +24,9 @@ def generate(files, *more: str) -> int:
 
 
 def test_generate_draws_once_and_goes_on(files, capsys):
-    assert generate(files, "--n", "2") == 0
+    assert generate(files, "--num_generations", "2") == 0
     assert "6 drawn, 6 in" in capsys.readouterr().out
-    assert generate(files, "--n", "3") == 0  # the third of each is new
+    assert generate(files, "--num_generations", "3") == 0  # the third of each is new
     assert "3 drawn, 9 in" in capsys.readouterr().out
     records = list(RecordStore(files / "store"))
     assert {r["columns"]["answer"] for r in records} == {"0", "2", "4"}

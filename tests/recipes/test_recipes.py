@@ -18,9 +18,13 @@ from negtune.rollouts.store import RecordStore
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(recipe: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> subprocess.CompletedProcess:
     script = ROOT / "recipes" / recipe
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    if processes > 1:  # of which accelerate starts one only on a CPU
+        port = str(29500 + os.getpid() % 100)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", port]
     command += [str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
@@ -28,7 +32,7 @@ def launch(recipe: str, folder: Path, *flags: str) -> subprocess.CompletedProces
 
 def test_sampling_and_verifying_goes_on_after_it_was_stopped(tmp_path):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'negtune[verify]'")
-    done = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--n", "2")
+    done = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--num_generations", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     for name, verifier in (("gsm8k", "MathVerifier"), ("reasoning_gym", "ReasoningGymVerifier")):
         rollouts, verdicts = (list(RecordStore(tmp_path / name, kind)) for kind in ("rollouts", "verdicts"))
@@ -37,9 +41,25 @@ def test_sampling_and_verifying_goes_on_after_it_was_stopped(tmp_path):
         assert f"{verifier}: correct 0" in done.stdout
         torn = next((tmp_path / name).glob("rollouts-*.jsonl"))
         torn.write_bytes(torn.read_bytes()[:-5])  # as after a kill
-    again = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--n", "2")
+    again = launch("rollouts/sample_and_verify.py", tmp_path, "--smoke", "--num_generations", "2")
     assert again.returncode == 0, again.stderr[-3000:]
     assert len(RecordStore(tmp_path / "gsm8k")) == len(RecordStore(tmp_path / "gsm8k", "verdicts")) == 6
+
+
+@pytest.mark.slow
+def test_sampling_and_verifying_in_two_processes_gives_what_one_gives(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'negtune[verify]'")
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = launch("rollouts/sample_and_verify.py", folder, "--smoke", "--num_generations", "2", processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("6 rollouts of 3 prompts") == 2  # printed once for each store
+    for name in ("gsm8k", "reasoning_gym"):
+        one, two = (list(RecordStore(tmp_path / i / name)) for i in "12")
+        assert {r["key"]: r["seed"] for r in one} == {r["key"]: r["seed"] for r in two}
+        found = [v["rollout"] for v in RecordStore(tmp_path / "2" / name, "verdicts")]
+        assert sorted(found) == sorted(r["key"] for r in one)
+        assert len(list((tmp_path / "2" / name).glob("verdicts-*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from negtune.rollouts.store import RecordStore
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+VLLM["VLLM_CPU_SIM_MULTI_NUMA"] = "1"  # two workers on a machine with one memory node
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test"
@@ -44,7 +45,7 @@ def launched(processes: int) -> list[str]:
 def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, engine):
     write_jsonl(tmp_path / "prompts.jsonl", ROWS)
     generate = ["-m", "negtune.cli.main", "rollouts", "generate", "--model", "tiny", "--prompts", "prompts.jsonl"]
-    generate += ["--n", "3", "--max_tokens", "8", "--engine", engine, "--batch_size", "4"]
+    generate += ["--num_generations", "3", "--max_tokens", "8", "--engine", engine, "--batch_size", "4"]
     generate += ["--max_model_len", "256"] if engine == "vllm" else []
     verify = ["-m", "negtune.cli.main", "rollouts", "verify", "--verifier", "exact"]
     run([*generate, "--store", "one"], tmp_path)
@@ -71,7 +72,7 @@ from negtune.models.load import load_model
 
 if __name__ == "__main__":
     folder, training, parts = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    state = PartialState()
+    state = PartialState(cpu=True)
     torch.manual_seed(0)
     model, tokenizer = load_model(folder)
     if training == "lora":
@@ -96,7 +97,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("processes", "parts", "engine_apart"),
     [(2, 1, "0"), (1, 1, "1"), (1, 2, "0")],
-    ids=["an engine in each of two", "engine in a process of its own", "split over two workers"],
+    ids=["in_each_of_two", "apart", "split_over_two"],
 )
 def test_the_engine_has_the_trainers_weights_in_whichever_process_it_is(
     tmp_path, training, processes, parts, engine_apart

@@ -15,7 +15,7 @@ from negtune.rollouts.ratios import TruncatedSamplingWarning, behaviour_logps, u
 from negtune.rollouts.sampler import Request, Rollout, SamplingParams, make_rollout
 
 PROMPTS = ["Where is Rome?", "Who"]
-CUTS = [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}]
+CUTS = [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0}]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def sampler():
 def test_ratios_of_a_cut_distribution_are_refused_or_left_out_with_a_warning(cut):
     params = SamplingParams(**cut)
     name = next(iter(cut))
-    with pytest.raises(ValueError, match=f"{name}={cut[name]}.*draw with top_p=1, top_k=0, min_p=0"):
+    with pytest.raises(ValueError, match=f"{name}={cut[name]}.*draw with top_p=1, top_k=0, min_p=0 and"):
         use_ratios(params, wanted=True)
     with pytest.warns(TruncatedSamplingWarning, match=f"{name}={cut[name]} and are switched off"):
         assert not use_ratios(params)
@@ -58,7 +58,7 @@ def test_behaviour_logps_are_padded_and_masked(sampler):
     assert mask.sum(1).tolist() == [len(r.completion_ids) for r in rollouts]
     assert logps[~mask].abs().sum() == 0
     ratios = policy_logps(sampler.model, sampler.tokenizer, rollouts, 0.8) - logps[mask]
-    assert ratios.abs().max() < 1e-9  # nothing was trained in between
+    assert ratios.abs().max() < 1e-6  # nothing was trained in between; generate scores in float32
     assert behaviour_logps([])[0].shape == (0, 0)
 
 

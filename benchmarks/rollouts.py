@@ -43,6 +43,7 @@ class Arm:
         dtype: of the weights.
         cache: whether vLLM keeps prefixes.
         speed: whether tokens a second are measured, or exactness only (on a sixteenth of the completions).
+        gathered: whether vLLM computes LoRA on a CPU as it does without us, from a copy of the adapter for every token.
     """
 
     engine: str
@@ -50,15 +51,18 @@ class Arm:
     dtype: str = "float32"
     cache: bool = True
     speed: bool = False
+    gathered: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.training} {self.dtype}" + ("" if self.cache else ", no prefix cache")
+        how = (", no prefix cache" if not self.cache else "") + (", gathered" if self.gathered else "")
+        return f"{self.engine} {self.training} {self.dtype}{how}"
 
 
 ARMS = (
     Arm("hf", "lora", speed=True),
     Arm("vllm", "lora", speed=True),
+    Arm("vllm", "lora", speed=True, gathered=True),
     Arm("hf", "full", speed=True),
     Arm("vllm", "full", speed=True),
     Arm("vllm", "full", speed=True, cache=False),
@@ -121,9 +125,11 @@ def compared(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         ours, peer = f"vllm {training} float32", f"hf {training} float32"
         compare(f"vLLM against generate, {training}: questions", ours, peer, "seconds_per_token", "s/token")
         compare(f"vLLM against generate, {training}: shared prefix", ours, peer, "shared_per_token", "s/token")
+    compare("one adapter as matrix products: questions", lora, f"{lora}, gathered", "seconds_per_token", "s/token")
+    compare("one adapter as matrix products: shared prefix", lora, f"{lora}, gathered", "shared_per_token", "s/token")
     compare("shared prefix: cache on against off", full, f"{full}, no prefix cache", "shared_per_token", "s/token")
     for arm, values in found.items():
-        if "seconds_per_token" in values:
+        if "seconds_per_token" in values and "attest_seconds" in values:
             share = values["attest_seconds"] / (ROUND * values["seconds_per_token"])
             rows.append(row(f"attestation, {arm}: share of a round of 64 x 4 x 128 tokens", share, 0.02, "of it", 1.0))
     return rows
@@ -189,10 +195,12 @@ def run_one(args: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         if arm.speed:
             measured |= {"seconds_per_token": per_token, "shared_per_token": seconds_per_token(long, 1)[0]}
         clean = []
-        for version in range(args.clean):
+        for version in range(0 if arm.gathered else args.clean):
             train_a_bit(1e-3 if arm.training != "full" else 1e-4)
             sampler.update(model, f"clean {version}")
             clean.append(attest(sampler, model, tokenizer, tolerance=float("inf")))
+    if not clean:
+        return measured
     return measured | {
         "attest_seconds": sorted(a.seconds for a in clean)[len(clean) // 2],
         "clean_rounds": len(clean),
@@ -207,7 +215,10 @@ def engine_of(args: argparse.Namespace, arm: Arm, model: Any, tokenizer: Any) ->
     from negtune.rollouts.hf import HFSampler
     from negtune.rollouts.server import VLLMServerSampler
     from negtune.rollouts.vllm import VLLMSampler
+    from negtune.rollouts.worker import WorkerExtension
 
+    if arm.gathered:
+        WorkerExtension.multiply_by_one_adapter = lambda self: None  # ty: ignore[invalid-assignment]
     try:
         if arm.engine == "hf":
             yield HFSampler(model, tokenizer, batch_size=64)

@@ -35,12 +35,19 @@ def append_jsonl(path: str | Path, records: Iterable[Any], *, sync: bool = False
         sync: wait until the lines are on the disk, so that they survive a power cut and not only a killed process.
     """
     lines = "".join(_line(record) for record in records).encode()
+    new = not Path(path).exists()
     with open(path, "a+b") as file:
         _cut_torn_line(file, Path(path))
         file.write(lines)
         file.flush()
         if sync:
             os.fsync(file.fileno())
+    if sync and new:  # or the file itself may be missing after a power cut
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, for instance `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if "--debug" in arguments:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if "--debug" in arguments or (isinstance(error, RuntimeError) and not _is_ours(error)):
             raise
         print(f"negtune: error: {explain(error)}", file=sys.stderr)
         return 1
@@ -97,6 +97,11 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_ours(error: Exception) -> bool:
+    """RuntimeErrors of negtune say what to do; those of others are faults whose traceback is wanted."""
+    return type(error).__module__.startswith("negtune.")
 
 
 def _one_line_warning(

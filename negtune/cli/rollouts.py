@@ -59,11 +59,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="ID", help="folder, hub id, smollm2 or tiny")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    parser.add_argument("--limit", type=_count, metavar="N", help="the first N rows only")
     parser.add_argument(
-        "--num_generations", type=int, default=1, metavar="N", help="completions of each row (default: %(default)s)"
+        "--num_generations", type=_count, default=1, metavar="N", help="completions of each row (default: %(default)s)"
     )
-    parser.add_argument("--max_tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--max_tokens", type=_count, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens (default: %(default)s)")
@@ -71,15 +71,22 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="completions at a time (default: %(default)s)"
+        "--batch_size", type=_count, default=32, metavar="N", help="completions at a time (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
     parser.add_argument("--engine", default="hf", choices=["hf", "vllm", "server"], help="(default: %(default)s)")
-    parser.add_argument("--max_model_len", type=int, metavar="N", help="vllm: prompt and completion together")
+    parser.add_argument("--max_model_len", type=_count, metavar="N", help="vllm: prompt and completion together")
     parser.add_argument("--url", metavar="URL", help="server: of a vLLM server, http://host:port")
     parser.add_argument("--api_key_env", metavar="NAME", help="server: environment variable with the key for it")
     parser.add_argument("--adapter_dir", metavar="DIR", help="server: where it finds adapters, if on another machine")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights; needs negtune[quant]")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +99,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Draw what the store does not have yet."""
     _check_engine(args)
-    rows = read_jsonl(args.prompts)[: args.limit]
-    if not rows:
-        raise ValueError(f"{args.prompts} has no rows")
-    for number, row in enumerate(rows, start=1):
-        if not row.get("prompt"):
-            raise ValueError(f"{args.prompts}, row {number}: no prompt; the row has {', '.join(row) or 'nothing'}")
+    rows = _read_prompts(args.prompts)[: args.limit]
     from negtune.rollouts import collect
     from negtune.rollouts.sampler import SamplingParams
     from negtune.rollouts.store import RecordStore
@@ -113,60 +115,126 @@ def generate(args: argparse.Namespace) -> int:
     )
     index, processes = collect.launched_processes()
     sampler = _sampler(args)
-    with RecordStore(args.store, process_index=index) as store:
-        drawn = collect.generate(
-            store,
-            sampler,
-            rows,
-            args.num_generations,
-            params,
-            part=args.batch_size,
-            process_index=index,
-            processes=processes,
-            progress=Progress("rollouts") if index == 0 else None,
-        )
-        by = f"process {index}: " if processes > 1 else ""
-        print(f"{by}{drawn} drawn, {len(store)} in {args.store}")
+    try:
+        with (
+            RecordStore(args.store, process_index=index) as store,
+            Progress("rollouts", shown=index == 0) as progress,
+        ):
+            drawn = collect.generate(
+                store,
+                sampler,
+                rows,
+                args.num_generations,
+                params,
+                part=args.batch_size,
+                process_index=index,
+                processes=processes,
+                progress=progress,
+            )
+            by = f"process {index}: " if processes > 1 else ""
+            said = f"{by}{drawn} drawn, {len(store)} in {args.store}"
+    finally:
+        sampler.close()
+    print(said)
     return 0
+
+
+def _read_prompts(path: str) -> list[dict[str, Any]]:
+    """Rows whose prompt is text or chat messages.
+
+    Raises:
+        ValueError: none, or one without such a prompt; names the row.
+    """
+    rows = read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    for number, row in enumerate(rows, start=1):
+        prompt = row.get("prompt")
+        if not prompt:
+            raise ValueError(f"{path}, row {number}: no prompt; the row has {', '.join(row) or 'nothing'}")
+        if isinstance(prompt, str):
+            continue
+        if not isinstance(prompt, list) or not all(map(_is_message, prompt)):
+            raise ValueError(
+                f"{path}, row {number}: the prompt must be text or a list of messages with role and content, it is "
+                f"{str(prompt)[:100]}"
+            )
+    return rows
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.get("role")) and isinstance(value.get("content"), str)
 
 
 def _check_engine(args: argparse.Namespace) -> None:
     if (args.url is None) == (args.engine == "server"):
         raise ValueError("--engine server needs --url http://host:port, and --url needs --engine server")
+    if args.max_model_len and args.engine != "vllm":
+        raise ValueError("--max_model_len is for --engine vllm; the model's or server's own holds elsewhere")
+    if args.engine == "server" and args.load_in_4bit:
+        raise ValueError("--load_in_4bit has no meaning for a server, which has its own weights; drop it")
+    if args.engine == "server" and args.dtype and not args.adapter:
+        raise ValueError("--dtype has no meaning for a server, which has its own; drop it")
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise ValueError(f"--api_key_env {args.api_key_env}: no such environment variable")
 
 
 def _sampler(args: argparse.Namespace) -> Any:
-    import torch
-
-    policy = "+".join(filter(None, [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]))
+    """The engine, proven to have the model's weights where it has a copy of them."""
     if args.engine == "hf":
         from negtune.cli.evaluate import load
         from negtune.rollouts.hf import HFSampler
 
         model, tokenizer = load(args.model, args, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
-        return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=policy)
-    from negtune.models.load import load_model, load_tokenizer, resolve
-
+        return HFSampler(model, tokenizer, batch_size=args.batch_size, policy=_policy(args, model))
     if args.engine == "server" and not args.adapter:
-        model, tokenizer = resolve(args.model), load_tokenizer(args.model)
-    else:
-        model, tokenizer = load_model(
-            args.model, dtype=args.dtype, adapter=args.adapter, load_in_4bit=args.load_in_4bit
-        )
-    if args.engine == "server":
-        from negtune.rollouts.server import VLLMServerSampler
+        from negtune.models.load import load_tokenizer, resolve
 
-        key = os.environ[args.api_key_env] if args.api_key_env else None
-        settings = {"folder": args.adapter_dir, "api_key": key, "concurrency": args.batch_size}
-        return VLLMServerSampler(model, tokenizer, args.url, policy=policy, **settings)
+        return _server_sampler(args, resolve(args.model), load_tokenizer(args.model), f"{args.model} as served")
+    from negtune.models.load import load_model
+    from negtune.rollouts.attest import attest
+
+    model, tokenizer = load_model(args.model, dtype=args.dtype, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+    make = _server_sampler if args.engine == "server" else _vllm_sampler
+    sampler = make(args, model, tokenizer, _policy(args, model))
+    attest(sampler, model, tokenizer, temperature=args.temperature)
+    return sampler
+
+
+def _policy(args: argparse.Namespace, model: Any) -> str:
+    """What a rollout's policy is called: another name for other weights behind the same path."""
+    from negtune.models.reference import weights_hash
+
+    how = [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]
+    return f"{'+'.join(filter(None, how))}@{weights_hash(model)[:8]}"
+
+
+def _vllm_sampler(args: argparse.Namespace, model: Any, tokenizer: Any, policy: str) -> Any:
+    import torch
+
     from negtune.rollouts.vllm import VLLMSampler
 
-    engine = {"max_model_len": args.max_model_len} if args.max_model_len else {}
+    engine: dict[str, Any] = {"max_model_len": args.max_model_len} if args.max_model_len else {}
     if torch.cuda.is_available():
         engine["gpu_memory_utilization"] = 0.9  # nobody trains beside it
+    if args.load_in_4bit:
+        engine["quantization"] = "bitsandbytes"
     return VLLMSampler(model, tokenizer, policy=policy, **engine)
+
+
+def _server_sampler(args: argparse.Namespace, model: Any, tokenizer: Any, policy: str) -> Any:
+    from negtune.rollouts.server import VLLMServerSampler
+
+    key = os.environ[args.api_key_env] if args.api_key_env else None
+    return VLLMServerSampler(
+        model,
+        tokenizer,
+        args.url,
+        policy=policy,
+        folder=args.adapter_dir,
+        api_key=key,
+        concurrency=args.batch_size,
+    )
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -178,7 +246,11 @@ def verify(args: argparse.Namespace) -> int:
     rollouts = RecordStore(args.store)
     if not len(rollouts):
         raise ValueError(f"{args.store} has no rollouts; draw some with negtune rollouts generate")
-    with make_verifier(args) as verifier, RecordStore(args.store, "verdicts", process_index=index) as verdicts:
+    with (
+        make_verifier(args) as verifier,
+        RecordStore(args.store, "verdicts", process_index=index) as verdicts,
+        Progress("verdicts", shown=index == 0) as progress,
+    ):
         scored = collect.verify(
             rollouts,
             verdicts,
@@ -187,7 +259,7 @@ def verify(args: argparse.Namespace) -> int:
             max_unscored=args.max_unscored,
             process_index=index,
             processes=processes,
-            progress=Progress("verdicts") if index == 0 else None,
+            progress=progress,
         )
     if processes > 1:
         print(f"process {index}: {scored} scored; what all have: negtune rollouts stats --store {args.store}")
@@ -255,29 +327,38 @@ def verifier_name(args: argparse.Namespace) -> str:
 
 
 class Progress:
-    """One line on the terminal: done, tokens a second, time left. Nothing where no one watches."""
+    """One line on the terminal: done, tokens a second, time left; in a `with` block. Nothing where no one watches.
 
-    def __init__(self, what: str) -> None:
+    Args:
+        what: is done.
+        shown: False in all processes but one.
+    """
+
+    def __init__(self, what: str, *, shown: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
+        self._bar = Progress(
             TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            disable=not shown,
         )
-        self._task = self._progress.add_task(what, total=None, rate="")
-        self._tokens, self._start, self._first = 0, time.perf_counter(), None
+        self._task = self._bar.add_task(what, total=None, rate="")
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.stop()  # which gives the terminal its cursor back
 
     def __call__(self, done: int, total: int, tokens: int) -> None:
-        if self._first is None:
-            self._progress.start()
-            self._first = done
+        """See `negtune.rollouts.collect.Progress`."""
+        self._bar.start()
         self._tokens += tokens
         rate = f"{self._tokens / (time.perf_counter() - self._start):.0f} tokens/s" if self._tokens else ""
-        self._progress.update(self._task, completed=done, total=total, rate=rate)
-        if done >= total:
-            self._progress.stop()
+        self._bar.update(self._task, completed=done, total=total, rate=rate)

@@ -29,7 +29,7 @@ from negtune.models.forward import (
     head_of,
     scored_tokens,
 )
-from negtune.models.structure import causal_lm, eval_mode
+from negtune.models.structure import causal_lm, eval_mode, unwrapped
 from negtune.ops import Head
 
 REFERENCE_ADAPTER = "negtune_reference"
@@ -284,9 +284,7 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
 
 def _peft_model(model: nn.Module) -> Any:
     """The PeftModel inside DDP, FSDP1 and `torch.compile` wrappers."""
-    while not hasattr(model, "peft_config"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None:
-            raise ValueError("adapter reference needs a PEFT model; use a frozen copy or cached log-probabilities")
-        model = inner
+    model = unwrapped(model)
+    if not hasattr(model, "peft_config"):
+        raise ValueError("adapter reference needs a PEFT model; use a frozen copy or cached log-probabilities")
     return model

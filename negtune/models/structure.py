@@ -8,16 +8,22 @@ from contextlib import contextmanager
 from torch import nn
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP/FSDP1 (`.module`), `torch.compile` and PEFT wrappers."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers or PEFT model inside DDP/FSDP1 (`.module`) and `torch.compile` wrappers."""
     while True:
-        wrapped = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if isinstance(wrapped, nn.Module):
-            model = wrapped
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP/FSDP1, `torch.compile` and PEFT wrappers."""
+    while True:
+        model = unwrapped(model)
+        if not hasattr(model, "get_base_model"):
+            return model
+        model = model.get_base_model()
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:

@@ -22,14 +22,15 @@ from negtune.data.completions import collate, padding_id
 from negtune.models.forward import attach_scoring, run, scored_tokens
 from negtune.models.policy import is_peft
 from negtune.models.reference import weights_hash
-from negtune.models.structure import eval_mode
+from negtune.models.structure import causal_lm, eval_mode, unwrapped
 from negtune.ops import scatter_tokens, tiled_token_values, token_logps
 from negtune.rollouts.sampler import Prompt, Rollout, Sampler, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
-"""Nats a token, by dtype of the weights: mean absolute difference beyond which engine and trainer are not the same."""
+EXACT, HALF = 1e-3, 0.05
+"""Nats a token: mean absolute difference beyond which engine and trainer are not the same, where both compute in
+float32 or better, and where one of them computes in half precision."""
 CANARY_TOKENS = 160
 """Of a canary's prompt; vLLM caches prefixes in blocks of 16 tokens on a GPU and 128 on a CPU."""
 _TEXTS = (
@@ -81,13 +82,14 @@ def attest(
         model: the trained model, on its device; run under the autocast that the caller is in.
         tokenizer: of both.
         temperature: at which the round will be drawn.
-        tolerance: nats a token; by default `TOLERANCES` for the model's dtype.
-        canaries: prompts; two long texts by default.
+        tolerance: nats a token; by default `EXACT` or `HALF`, see `computes_in_half`.
+        canaries: prompts; two texts of 160 tokens by default, which the engine's context has to hold.
         tokens: drawn for each.
     """
     start = time.perf_counter()
+    model = unwrapped(model)
     if tolerance is None:
-        tolerance = TOLERANCES[next(model.parameters()).dtype]
+        tolerance = HALF if computes_in_half(sampler, model) else EXACT
     params = SamplingParams(temperature=temperature, max_tokens=tokens)
     rollouts = sampler.sample(canaries or canary_prompts(tokenizer), params=params)
     engine = torch.cat([torch.tensor(r.logps, dtype=torch.float64) for r in rollouts])
@@ -131,7 +133,8 @@ def _why(
         return f"{said}: the engine's log-probabilities leave out the temperature; set logprobs_mode=processed_logprobs"
     return (
         f"{said}: the engine is stale. It does not use what it was given (a cached prefix or an adapter of earlier "
-        "weights), or computes in another dtype than the trainer; start it again, with dtype= of the trained model"
+        "weights), has another base checkpoint than the one under the trainer's adapter, or computes in another dtype; "
+        "start it again, with the trained model's checkpoint and dtype"
     )
 
 
@@ -154,6 +157,20 @@ def policy_logps(model: nn.Module, tokenizer: Any, rollouts: Sequence[Rollout], 
         return run(model, batch, tokens, score)["logps"][tokens.mask].double().cpu()
 
 
+def computes_in_half(sampler: Sampler, model: nn.Module) -> bool:
+    """Whether weights, autocast, 4-bit products or the engine work in bfloat16 or float16."""
+    half = (torch.bfloat16, torch.float16)
+    lm = causal_lm(model)
+    if hasattr(model, "_original_forward") or hasattr(lm, "_original_forward"):  # accelerate's mixed precision
+        return True
+    device = next(lm.parameters()).device.type
+    found = {p.dtype for p in lm.parameters()} | {getattr(m, "compute_dtype", None) for m in lm.modules()}
+    found.add(getattr(sampler, "dtype", None))
+    if torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
+    return not found.isdisjoint(half)
+
+
 def difference(engine: Tensor, trainer: Tensor) -> Tensor:
     """Absolute, infinite where one of the two is not a number."""
     return (engine - trainer).abs().nan_to_num(nan=torch.inf)
@@ -161,6 +178,7 @@ def difference(engine: Tensor, trainer: Tensor) -> Tensor:
 
 def served_weights_hash(model: nn.Module) -> str:
     """Hash of what an engine is given of `model`: the active adapter, or all weights."""
+    model = unwrapped(model)
     if is_peft(model):
         return weights_hash(model, lambda name: f".{model.active_adapter}." in f".{name}.")
     return weights_hash(model)

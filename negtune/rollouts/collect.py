@@ -11,6 +11,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any, TypeVar
 
+from negtune.records import strict
 from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
 from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
@@ -36,6 +37,8 @@ def generate(
 ) -> int:
     """Draw `n` completions for the `prompt` of every row, except those that the store has; returns how many were drawn.
 
+    A completion that the engine failed to give is kept as such, and drawn again by the next call.
+
     Args:
         store: gets one record per rollout, the row's other columns under `columns`.
         sampler: draws.
@@ -45,20 +48,25 @@ def generate(
         part: completions between two writes.
         process_index, processes: this process draws its share.
         progress: see `Progress`.
+
+    Raises:
+        ValueError: a row's other columns are not what they were when its completions were drawn; names the row.
     """
     prefixes = [row.get("prefix") or "" for row in rows]
     requests = requests_for([row["prompt"] for row in rows], n, prefixes)
     owners = [row for row in rows for _ in range(n)]
+    if len(store):
+        _refuse_changed_columns(store, {r.key(params, sampler.policy): i // n for i, r in enumerate(requests)}, rows)
     mine = share_of(list(zip(requests, owners, strict=True)), process_index, processes)
     missing = [pair for pair in mine if pair[0].key(params, sampler.policy) not in store]
-    done = len(mine) - len(missing)
+    done, drawn = len(mine) - len(missing), 0
     for some in in_parts(missing, part):
         rollouts = sampler.draw([request for request, _ in some], params)
         store.append([_record(rollout, row) for rollout, (_, row) in zip(rollouts, some, strict=True)])
-        done += len(some)
+        done, drawn = done + len(some), drawn + len(some)
         if progress is not None:
             progress(done, len(mine), sum(len(r.completion_ids) for r in rollouts))
-    return len(missing)
+    return drawn
 
 
 def verify(
@@ -77,7 +85,7 @@ def verify(
     """Score every rollout that has no verdict of `name` yet; returns how many were scored.
 
     Completions that were cut at their length, or that an engine failed to draw, are unscored: whether they would have
-    been right is not known.
+    been right is not known. What the verifier failed on is unscored too, and scored again by the next call.
 
     Args:
         rollouts, verdicts: read from, written to.
@@ -89,6 +97,10 @@ def verify(
         as_chat: hand completions over as chat messages.
         process_index, processes: this process scores its share of what all have drawn; wait for them before.
         progress: see `Progress`.
+
+    Raises:
+        ValueError: the verifier cannot use a row, for instance its gold answer; names the prompt.
+        TooManyUnscored: see `max_unscored`.
     """
     total = len(range(process_index, len(rollouts), processes))
     done = scored = 0
@@ -99,18 +111,7 @@ def verify(
         found = _verify(verifier, fit, as_chat)
         seen = [*seen, *found][-RECENT:]
         by_key = dict(zip((record["key"] for record in fit), found, strict=True))
-        for record in new:
-            if record["key"] not in by_key:
-                cut = record["finish_reason"] == "length"
-                by_key[record["key"]] = Verdict(
-                    "unscored", reason="cut at its length" if cut else record.get("error", "")
-                )
-        verdicts.append(
-            [
-                {"key": f"{key}:{name}", "rollout": key, "verifier": name, **asdict(verdict)}
-                for key, verdict in by_key.items()
-            ]
-        )
+        verdicts.append([_verdict_record(record, name, by_key.get(record["key"])) for record in new])
         done, scored = done + len(some), scored + len(new)
         if progress is not None:
             progress(done, total, 0)
@@ -121,18 +122,51 @@ def verify(
 def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: bool) -> list[Verdict]:
     if not records:
         return []
-    texts = [
-        record["prefix"] + record["text"] if isinstance(record["prefix"], str) else record["text"] for record in records
-    ]
+    texts = [record.get("prefix_text", record["prefix"]) + record["text"] for record in records]
     completions = [[{"role": "assistant", "content": text}] for text in texts] if as_chat else texts
     names = dict.fromkeys(name for record in records for name in record.get("columns") or ())
     columns = {name: [(record.get("columns") or {}).get(name) for record in records] for name in names}
-    return verifier.verify([record["prompt"] for record in records], completions, **columns)
+    try:
+        return verifier.verify([record["prompt"] for record in records], completions, **columns)
+    except ValueError as error:
+        if len(records) == 1:
+            raise ValueError(f"rollout {records[0]['key']} of {str(records[0]['prompt'])[:200]!r}: {error}") from error
+        for record in records:  # which of them it is
+            _verify(verifier, [record], as_chat)
+        raise
 
 
 def _record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "prefix")}
-    return {**asdict(rollout), "columns": columns}
+    return {**asdict(rollout), "columns": _columns(row), "final": rollout.finish_reason != "error"}
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: strict(value) for name, value in row.items() if name not in ("prompt", "prefix")}
+
+
+def _refuse_changed_columns(store: RecordStore, row_of: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    for record in store:
+        row = row_of.get(record["key"])
+        if row is None:
+            continue
+        now, then = _columns(rows[row]), record.get("columns", {})
+        changed = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"row {row + 1}: {name} is {now.get(name)!r}, but was {then.get(name)!r} when {store.folder} was "
+                "filled, and its verdicts are on that; draw into another store"
+            )
+
+
+def _verdict_record(rollout: Mapping[str, Any], name: str, verdict: Verdict | None) -> dict[str, Any]:
+    """`verdict` None: not given to the verifier."""
+    cut = rollout["finish_reason"] == "length"
+    if verdict is None:
+        verdict = Verdict("unscored", reason="cut at its length" if cut else rollout.get("error", ""))
+    final = cut or verdict.outcome != "unscored"
+    key = f"{rollout['key']}:{name}"
+    return {"key": key, "rollout": rollout["key"], "verifier": name, **asdict(verdict), "final": final}
 
 
 def launched_processes() -> tuple[int, int]:
@@ -142,6 +176,8 @@ def launched_processes() -> tuple[int, int]:
 
 def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """`items` in lists of `size`, the last one shorter."""
+    if size < 1:
+        raise ValueError(f"need at least 1 item at a time, got {size}")
     iterator = iter(items)
     while some := list(islice(iterator, size)):
         yield some

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from negtune.data.completions import padding_id
-from negtune.models.structure import eval_mode
+from negtune.models.structure import causal_lm, eval_mode, unwrapped
 from negtune.rollouts.sampler import (
     Request,
     Rollout,
     Sampler,
     SamplingParams,
+    eos_token_ids,
+    fitting_token_ids,
     make_rollout,
-    request_token_ids,
 )
 
 ENGINE = "transformers"
@@ -44,15 +45,17 @@ class HFSampler(Sampler):
     def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 32, policy: str = "0") -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
-        self.model, self.tokenizer, self.batch_size, self.policy = model, tokenizer, batch_size, policy
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.update(model, policy)
 
     def update(self, model: nn.Module, policy: str) -> None:
         """Sample from `model`, whose weights are called `policy`."""
-        self.model, self.policy = model, policy
+        self.model, self.policy = unwrapped(model), policy
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
-        """See `Sampler.draw`."""
-        ids = [request_token_ids(request, self.tokenizer) for request in requests]
+        """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
+        longest = self._longest()
+        ids = fitting_token_ids(requests, self.tokenizer, longest, "max_position_embeddings")
         longest_first = sorted(range(len(requests)), key=lambda i: -len(ids[i]))
         drawn: dict[int, Rollout] = {}
         for start in range(0, len(requests), self.batch_size):
@@ -60,6 +63,10 @@ class HFSampler(Sampler):
             rollouts = self._draw_batch([requests[i] for i in chosen], [ids[i] for i in chosen], params)
             drawn |= dict(zip(chosen, rollouts, strict=True))
         return [drawn[i] for i in range(len(requests))]
+
+    def _longest(self) -> int | None:
+        """Tokens that the model has positions for; None if its config does not say."""
+        return getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
     def _draw_batch(
@@ -73,8 +80,11 @@ class HFSampler(Sampler):
             input_ids[i, width - len(row) :] = torch.tensor(row)
             attention_mask[i, width - len(row) :] = 1
         draw = _Draw(params, [request.seed(params) for request in requests], device)
-        ends = _Ends(self.tokenizer, params.stop, width, _eos_ids(self.model, self.tokenizer), len(ids))
-        with eval_mode(self.model), _plain_generation(self.model, self.tokenizer, params.max_tokens):
+        eos = set(eos_token_ids(self.tokenizer, causal_lm(self.model).generation_config))
+        ends = _Ends(self.tokenizer, params.stop, width, eos, len(ids))
+        longest = self._longest()
+        rooms = [params.max_tokens if longest is None else min(params.max_tokens, longest - len(row)) for row in ids]
+        with eval_mode(self.model), _plain_generation(self.model, self.tokenizer, max(rooms)):
             out = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -84,7 +94,8 @@ class HFSampler(Sampler):
         logps = torch.stack(draw.logps, 1).tolist()
         rollouts = []
         for i, (request, row) in enumerate(zip(requests, out[:, width:].tolist(), strict=True)):
-            length = ends.lengths[i] or len(row)
+            stopped = (ends.lengths[i] or len(row) + 1) <= rooms[i]
+            length = ends.lengths[i] if stopped else rooms[i]
             rollouts.append(
                 make_rollout(
                     request,
@@ -94,7 +105,7 @@ class HFSampler(Sampler):
                     prompt_ids=ids[i],
                     completion_ids=row[:length],
                     logps=logps[i][:length],
-                    reason="stop" if ends.lengths[i] else "length",
+                    reason="stop" if stopped else "length",
                 )
             )
         return rollouts
@@ -109,15 +120,14 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         logits = scores.float()
-        if self.params.temperature > 0:
-            logits = logits / self.params.temperature
-        logps = cut(logits.log_softmax(-1), self.params).log_softmax(-1)
-        keys = logps
-        if self.params.temperature > 0:
+        if self.params.temperature == 0:
+            keys = logps = logits.log_softmax(-1)
+        else:
+            logps = cut((logits / self.params.temperature).log_softmax(-1), self.params).log_softmax(-1)
             exponential = torch.stack(
-                [torch.empty(keys.shape[1], device=keys.device).exponential_(generator=g) for g in self._noise]
+                [torch.empty(logps.shape[1], device=logps.device).exponential_(generator=g) for g in self._noise]
             )
-            keys = keys - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
+            keys = logps - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
         tokens = keys.argmax(-1, keepdim=True)
         self.logps.append(logps.gather(-1, tokens)[:, 0])
         return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)
@@ -159,23 +169,16 @@ class _Ends(StoppingCriteria):
     def _stopped(self, row: list[int]) -> bool:
         if not self._stop:
             return False
-        text = self._tokenizer.decode(row, skip_special_tokens=True)
+        text = self._tokenizer.decode(row, skip_special_tokens=False)  # a stop text may be one
         return any(stop in text for stop in self._stop)
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's EOS, and what the checkpoint's own generation settings end with (an end-of-turn token)."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    return {int(i) for i in (*several, tokenizer.eos_token_id) if i is not None}
 
 
 @contextmanager
 def _plain_generation(model: Any, tokenizer: Any, max_tokens: int) -> Iterator[None]:
     """No setting of the checkpoint's `generation_config` (penalties, top-k ...) has a part in what is drawn."""
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lm = causal_lm(model)
     before = lm.generation_config
-    eos = sorted(_eos_ids(lm, tokenizer))
+    eos = eos_token_ids(tokenizer, before)
     lm.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=padding_id(tokenizer)
     )

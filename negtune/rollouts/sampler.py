@@ -28,7 +28,8 @@ class SamplingParams:
     """How completions are drawn.
 
     Args:
-        temperature: logits are divided by it; 0 takes the most likely token.
+        temperature: logits are divided by it; 0 takes the most likely token, whatever the cuts. Between 0 and 0.01
+            nothing: vLLM would take 0.01.
         max_tokens: most tokens of a completion.
         top_p, top_k, min_p: cut the distribution. Importance ratios are wrong for what such a distribution gives, so
             nothing is cut unless asked for.
@@ -46,8 +47,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}; 0 takes the likeliest token")
+        for name in ("temperature", "top_p", "min_p"):  # 1 and 1.0 are the same setting, and give the same keys
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.temperature < 0 or 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature must be 0 (the likeliest token) or at least 0.01, got {self.temperature}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:
@@ -60,7 +63,7 @@ class SamplingParams:
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens are drawn from less than the whole distribution."""
+        """Whether `top_p`, `top_k` or `min_p` cut the distribution that tokens are drawn from."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
@@ -71,7 +74,7 @@ class Request:
     Args:
         prompt: as the data set has it.
         prefix: beginning of the assistant's turn, which the completion continues.
-        number: among the completions of the same prompt and prefix.
+        number: among the completions of the same prompt and prefix; see `requests_for`.
     """
 
     prompt: Prompt
@@ -106,6 +109,7 @@ class Rollout:
         engine: what drew it.
         error: what went wrong, if `finish_reason` is `error`.
         truncated: whether `top_p`, `top_k` or `min_p` cut the distribution; see `ratios`.
+        prefix_text: the prefix as text.
     """
 
     key: str
@@ -123,6 +127,7 @@ class Rollout:
     engine: str
     error: str = ""
     truncated: bool = False
+    prefix_text: str = ""
 
     def __post_init__(self) -> None:
         if len(self.logps) != len(self.completion_ids):
@@ -135,6 +140,7 @@ class Rollout:
 
 
 DEFAULT_PARAMS = SamplingParams()
+AGAIN = 1_000_000
 
 
 class Sampler(Protocol):
@@ -173,14 +179,23 @@ class Sampler(Protocol):
         """Sample from the weights that `model` has now, which are called `policy` from here on."""
         ...
 
+    def close(self) -> None:
+        """Delete what the engine was given. The sampler is not used afterwards."""
+        return
+
     def sleep(self) -> None:
         """Give device memory back until the next `update` or `draw`, where the engine can; nothing elsewhere."""
+        return
 
 
 def requests_for(prompts: Sequence[Prompt], n: int, prefixes: Sequence[Prefix] | None = None) -> list[Request]:
-    """One request per completion. A prompt that stands in the list twice counts on: no two requests are equal."""
-    if n < 1:
-        raise ValueError(f"need n >= 1 completions of each prompt, got {n}")
+    """One request per completion, numbered from 0.
+
+    A prompt that stands in the list again is numbered from `AGAIN`, then from twice that: no two requests are equal,
+    and those of a prompt stay what they are when `n` grows.
+    """
+    if not 1 <= n < AGAIN:
+        raise ValueError(f"need 1 to {AGAIN - 1} completions of each prompt, got {n}")
     if prefixes is not None and len(prefixes) != len(prompts):
         raise ValueError(f"need one prefix per prompt, got {len(prefixes)} for {len(prompts)} prompts")
     seen: dict[int, int] = {}
@@ -189,7 +204,7 @@ def requests_for(prompts: Sequence[Prompt], n: int, prefixes: Sequence[Prefix] |
         prefix = prefixes[i] if prefixes is not None else ""
         name = _digest([prompt, prefix])
         first = seen.get(name, 0)
-        seen[name] = first + n
+        seen[name] = first + AGAIN
         requests += [Request(prompt, prefix, first + j) for j in range(n)]
     return requests
 
@@ -232,24 +247,44 @@ def make_rollout(
         engine=engine,
         error="" if ended else f"the engine ended with {reason}",
         truncated=params.truncated,
+        prefix_text=_text_of(request.prefix, sampler.tokenizer),
     )
 
 
-def fitting_token_ids(requests: Sequence[Request], tokenizer: Any, longest: int) -> list[list[int]]:
-    """`request_token_ids` of all; ValueError for a prompt that leaves no room for a completion in `longest` tokens."""
+def fitting_token_ids(
+    requests: Sequence[Request], tokenizer: Any, longest: int | None, name: str = "max_model_len"
+) -> list[list[int]]:
+    """`request_token_ids` of all.
+
+    Raises:
+        ValueError: a prompt without a token, or one that leaves no room in `longest` tokens, a limit called `name`.
+    """
     ids = [request_token_ids(request, tokenizer) for request in requests]
     for request, row in zip(requests, ids, strict=True):
-        if len(row) >= longest:
+        if not row:
+            raise ValueError(f"the prompt {request.prompt!r} has no tokens; drop the row")
+        if longest is not None and len(row) >= longest:
             raise ValueError(
-                f"a prompt of {len(row)} tokens leaves no room in max_model_len={longest} "
-                f"({str(request.prompt)[:60]!r}...); start the engine with a larger one, or drop the row"
+                f"a prompt of {len(row)} tokens leaves no room in {name}={longest} ({str(request.prompt)[:60]!r}...); "
+                "use a larger one, or drop the row"
             )
     return ids
+
+
+def eos_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """The tokenizer's EOS, and what the checkpoint's generation settings end with (an end-of-turn token)."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in (*several, tokenizer.eos_token_id) if i is not None})
 
 
 def share_of(items: Sequence[Item], process_index: int, processes: int) -> Sequence[Item]:
     """What one of several processes draws: nothing twice, nothing left out, all about equally much."""
     return items[process_index::processes]
+
+
+def _text_of(prefix: Prefix, tokenizer: Any) -> str:
+    return prefix if isinstance(prefix, str) else tokenizer.decode(list(prefix), skip_special_tokens=True)
 
 
 def _digest(value: Any) -> int:

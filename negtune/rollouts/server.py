@@ -1,6 +1,6 @@
 """Sampling from a vLLM server over HTTP, for training with LoRA on one machine and drawing on another.
 
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server --model MODEL --dtype float32 \\
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server --model MODEL --dtype bfloat16 \\
         --enable-lora --max-lora-rank 16 --logprobs-mode processed_logprobs
 
 The server reads adapters from a folder that both machines see. Every version has a name of its own; a server that was
@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -27,6 +28,7 @@ from urllib.parse import urlsplit
 from torch import nn
 
 from negtune.models.policy import is_peft
+from negtune.models.structure import causal_lm, unwrapped
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
@@ -34,6 +36,7 @@ from negtune.rollouts.sampler import (
     Rollout,
     Sampler,
     SamplingParams,
+    eos_token_ids,
     fitting_token_ids,
     make_rollout,
 )
@@ -42,7 +45,15 @@ ENGINE = "vllm server"
 
 
 class ServerError(RuntimeError):
-    """The server cannot be reached, or refuses; the message says what to do."""
+    """The server cannot be reached, or refuses; the message says what to do.
+
+    Args:
+        status: of the HTTP answer, 0 if there was none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class VLLMServerSampler(Sampler):
@@ -59,10 +70,12 @@ class VLLMServerSampler(Sampler):
         api_key: sent as bearer token.
         concurrency: requests at a time.
         timeout: seconds for one request.
-        patience: seconds of lost connections, timeouts and 5xx answers in a row, before a request is given up.
+        patience: seconds from a request's first lost connection, timeout or 5xx answer in a row, until it is given up;
+            a server that is started again has to be ready within them.
 
     Raises:
-        ValueError: the model cannot be served, or the server has another model or too small a `max_lora_rank`.
+        ValueError: the model cannot be served, or the server has another model, another `logprobs_mode` or too small
+            a `max_lora_rank`.
         ServerError: it cannot be reached, or was started without adapters.
     """
 
@@ -77,11 +90,14 @@ class VLLMServerSampler(Sampler):
         api_key: str | None = None,
         concurrency: int = 64,
         timeout: float = 600.0,
-        patience: float = 120.0,
+        patience: float = 300.0,
     ) -> None:
-        if not isinstance(model, str):
+        if isinstance(model, str):
+            self._wanted = model
+        else:
             _refuse_full(model)
             refuse_unservable(model)
+            self._wanted = str(causal_lm(model).config._name_or_path)
         self._server = _Server(url, api_key, timeout, patience)
         self.tokenizer, self.policy = tokenizer, policy
         self.served_hash: str | None = None
@@ -90,7 +106,10 @@ class VLLMServerSampler(Sampler):
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="negtune-server")
         self._session, self._version = uuid.uuid4().hex[:8], 0
         self._adapter: tuple[str, Path] | None = None
-        self._base, self._longest = self._check_model(model)
+        generation = None if isinstance(model, str) else causal_lm(model).generation_config
+        self._eos = eos_token_ids(tokenizer, generation)
+        self._base, self._longest = self._check_model()
+        self._check_logprobs_mode()
         if not isinstance(model, str):
             self.update(model, policy)
 
@@ -99,20 +118,20 @@ class VLLMServerSampler(Sampler):
         _refuse_full(model)
         self._version += 1
         name = f"policy-{self._session}-{self._version}"
-        before, self._adapter = self._adapter, (name, save_adapter(model, self._folder / name).resolve())
+        adapter = (name, save_adapter(model, self._folder / name).resolve())
         try:
-            self._load_adapter()
-        except ServerError as error:
+            self._load_adapter(adapter)
+        except BaseException as error:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
             if "max_lora_rank" in str(error):
                 raise ValueError(
                     f"the server's max_lora_rank is too small for this adapter; start it with --max-lora-rank "
                     f"{lora_rank(model)} ({error})"
                 ) from error
             raise
-        if before is not None:
-            self._server.post("/v1/unload_lora_adapter", {"lora_name": before[0]}, accept=(404,))
-            shutil.rmtree(self._folder / before[0])
+        before, self._adapter = self._adapter, adapter
         self.served_hash, self.policy = served_weights_hash(model), policy
+        self._forget(before)
 
     def draw(self, requests: Sequence[Request], params: SamplingParams) -> list[Rollout]:
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
@@ -123,16 +142,24 @@ class VLLMServerSampler(Sampler):
         except BaseException:
             for future in waiting:
                 future.cancel()
+            self._server.drop_requests()  # their threads would be waited for
             raise
 
     def close(self) -> None:
-        """Take the adapter off the server, and forget its folder."""
+        """Take the adapter off the server, and delete its folder."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        if self._adapter is not None:
-            with suppress(OSError):  # it is gone, and the adapter with it
-                self._server.once("POST", "/v1/unload_lora_adapter", {"lora_name": self._adapter[0]})
+        self._forget(self._adapter)
+        self._adapter = None
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def _forget(self, adapter: tuple[str, Path] | None) -> None:
+        """Unload an adapter and delete its files. What cannot be unloaded is gone with the server that had it."""
+        if adapter is None:
+            return
+        with suppress(OSError, http.client.HTTPException):
+            self._server.once("POST", "/v1/unload_lora_adapter", {"lora_name": adapter[0]})
+        shutil.rmtree(self._folder / adapter[0], ignore_errors=True)
 
     def _draw_one(self, request: Request, ids: list[int], params: SamplingParams) -> Rollout:
         body = {
@@ -143,6 +170,10 @@ class VLLMServerSampler(Sampler):
             "top_p": params.top_p,
             "top_k": params.top_k,
             "min_p": params.min_p,
+            "repetition_penalty": 1.0,  # the checkpoint's generation_config.json is taken for what is not said
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop_token_ids": self._eos,
             "max_tokens": min(params.max_tokens, self._longest - len(ids)),
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
@@ -153,7 +184,8 @@ class VLLMServerSampler(Sampler):
         }
         answer = self._server.post("/v1/completions", body, accept=() if self._adapter is None else (404,))
         if answer is None:  # a server that was started again does not know the adapter
-            self._load_adapter()
+            self._check_model()
+            self._load_adapter(self._adapter)
             answer = self._server.post("/v1/completions", body)
         choice = answer["choices"][0]
         if choice["prompt_token_ids"] != ids:
@@ -169,37 +201,47 @@ class VLLMServerSampler(Sampler):
             reason=str(choice["finish_reason"]),
         )
 
-    def _load_adapter(self) -> None:
-        assert self._adapter is not None
-        name, path = self._adapter
-        body = {"lora_name": name, "lora_path": str(path)}
+    def _load_adapter(self, adapter: tuple[str, Path]) -> None:
+        name, path = adapter
         try:
-            self._server.post("/v1/load_lora_adapter", body)
+            self._server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, refusal=500)
         except ServerError as error:
-            if "already been loaded" in str(error):  # by another thread, or by the request whose answer was lost
+            text = str(error)
+            if "already been loaded" in text:  # by another thread, or by the request whose answer was lost
                 return
-            if error.args[1:] == (404,) and "No adapter found" not in str(error):
+            if "No adapter found" in text:
+                raise ServerError(
+                    f"the server does not see {path}; give folder= on a file system that both machines share ({text})"
+                ) from error
+            if error.status == 404 or "LoRA is not enabled" in text:
                 raise ServerError(
                     "the server takes no adapters at run time; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and "
-                    f"--enable-lora ({error})"
-                ) from error
-            if "No adapter found" in str(error):
-                raise ServerError(
-                    f"the server does not see {path}; give folder= on a file system that both machines share ({error})"
+                    f"--enable-lora ({text})"
                 ) from error
             raise
 
-    def _check_model(self, model: Any) -> tuple[str, int]:
-        """Name and `max_model_len` of the server's base model, which has to be the trained one's."""
+    def _check_model(self) -> tuple[str, int]:
+        """Name and `max_model_len` of the server's base model, which has to be the wanted one."""
         served = self._server.get("/v1/models")["data"]
         base = next((m for m in served if not m.get("parent")), None)
         if base is None:
             raise ServerError(f"the server lists no base model, only {[m['id'] for m in served]}")
-        ours = model if isinstance(model, str) else str(model.get_base_model().config._name_or_path)
-        if _model_name(base["root"]) != _model_name(ours) and _model_name(base["id"]) != _model_name(ours):
-            wanted = f"{ours} is wanted" if isinstance(model, str) else f"the adapter belongs to {ours}"
-            raise ValueError(f"the server serves {base['root']}, {wanted}; start it with --model {ours}")
+        if _model_name(self._wanted) not in (_model_name(base["root"]), _model_name(base["id"])):
+            raise ValueError(
+                f"the server serves {base['root']}, {self._wanted} is wanted; start it with --model {self._wanted}"
+            )
         return base["id"], int(base["max_model_len"])
+
+    def _check_logprobs_mode(self) -> None:
+        """The only token that `top_k=1` leaves has log-probability 0 in the distribution that is drawn from."""
+        ids = self.tokenizer("The answer is")["input_ids"]
+        body = {"model": self._base, "prompt": ids, "max_tokens": 1, "top_k": 1, "temperature": 1.0, "logprobs": 0}
+        logp = self._server.post("/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"][0]
+        if logp != 0:
+            raise ValueError(
+                "the server's log-probabilities are not of the distribution that tokens are drawn from; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
 
 
 class _Server:
@@ -212,39 +254,56 @@ class _Server:
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/").removesuffix("/v1")
         self.url, self._timeout, self._patience = url, timeout, patience
+        self._open: set[Any] = set()
+        self._dropped = 0
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
 
     def get(self, path: str) -> Any:
-        return self._ask("GET", path, None, ())
+        return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Mapping[str, Any], *, accept: Sequence[int] = ()) -> Any:
-        """The answer, or None where its status is one of `accept`."""
-        return self._ask("POST", path, body, accept)
+    def post(self, path: str, body: Mapping[str, Any], *, accept: Sequence[int] = (), refusal: int = 0) -> Any:
+        """The answer, or None where its status is one of `accept`. Another try does not change a `refusal`."""
+        return self._ask("POST", path, body, accept, refusal)
 
     def once(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and content, without a second try."""
         connection = self._kind(self._host, self._port, timeout=self._timeout)
+        self._open.add(connection)
         try:
             connection.request(method, self._path + path, None if body is None else json.dumps(body), self._headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
+            self._open.discard(connection)
             connection.close()
 
-    def _ask(self, method: str, path: str, body: Any, accept: Sequence[int]) -> Any:
-        wait, began = 0.25, time.monotonic()
+    def drop_requests(self) -> None:
+        """End what is under way at once, without further tries."""
+        self._dropped += 1
+        for connection in list(self._open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, method: str, path: str, body: Any, accept: Sequence[int] = (), refusal: int = 0) -> Any:
+        wait, failing_since, dropped = 0.25, None, self._dropped
         while True:
             try:
                 status, content = self.once(method, path, body)
-                failure = f"answers {status}: {content[:200].decode(errors='replace')}" if status >= 500 else None
+                retry = status >= 500 and status != refusal
+                failure = f"answers {status}: {content[:200].decode(errors='replace')}" if retry else None
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, ended in the middle
                 status, content, failure = 0, b"", f"{type(error).__name__}: {error}"
-            if failure is None or b"max_lora_rank" in content:  # which another try does not change
+            if failure is None:
                 return self._content(path, status, content, accept)
-            if time.monotonic() - began + wait > self._patience:
-                raise ServerError(f"{self.url}{path}: {failure}, for {self._patience:g} s; is the server running?")
+            now = time.monotonic()
+            failing_since = now if failing_since is None else failing_since
+            if now - failing_since + wait > self._patience or self._dropped != dropped:
+                raise ServerError(
+                    f"{self.url}{path}: {failure}, for {now - failing_since:.0f} s; is the server running?", status
+                )
             time.sleep(wait)
             wait = min(2 * wait, 10.0)
 
@@ -260,7 +319,7 @@ class _Server:
 
 
 def _refuse_full(model: nn.Module) -> None:
-    if not is_peft(model):
+    if not is_peft(unwrapped(model)):
         raise ValueError("a server takes LoRA adapters only; train with peft_config, or sample with VLLMSampler")
 
 

@@ -1,7 +1,8 @@
 """Rollouts, or verdicts on them, in a folder: appended, never rewritten, and on the disk before anyone is told so.
 
 Every writing process has its own files, `<name>-<process>-<number>.jsonl`. A line that a crash cut short is repaired by
-the next writer; what is in the store is never drawn or scored again.
+the next writer; what is in the store is never drawn or scored again. Except failures: a record with `final: false` is
+kept until one with the same key takes its place.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class RecordStore:
             raise ValueError(f"shard_records must be positive, got {shard_records}")
         self.folder, self.name = Path(folder), name
         self._process, self._shard_records = process_index, shard_records
-        self._keys: set[str] | None = None
+        self._keys: dict[str, bool] | None = None
         self._lock: int | None = None
         self._current: tuple[Path, int] | None = None
 
@@ -46,48 +47,56 @@ class RecordStore:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All records, one at a time; a key that occurs twice is given once."""
-        seen: set[str] = set()
+        """All records, one at a time, one of every key: the final one, or the first of those that are not."""
+        final, seen = self._index(), set[str]()
         for path in self.shards():
             for record in stream_jsonl(path):
                 key = _key_of(record, path)
-                if key not in seen:
+                if key not in seen and (_is_final(record) or not final.get(key)):
                     seen.add(key)
                     yield record
 
     def __contains__(self, key: str) -> bool:
-        return key in self.keys()
+        """Whether there is a final record of this key."""
+        return self._index().get(key, False)
 
     def __len__(self) -> int:
-        return len(self.keys())
+        """How many keys there are, final or not."""
+        return len(self._index())
 
     def keys(self) -> set[str]:
-        """Keys of all records. Read from the files once; what others append afterwards is not seen."""
+        """All keys, final or not."""
+        return set(self._index())
+
+    def _index(self) -> dict[str, bool]:
+        """Every key, and whether its record is final. Read from the files once; what others append is not seen."""
         if self._keys is None:
-            self._keys = {_key_of(record, path) for path in self.shards() for record in stream_jsonl(path)}
+            self._keys = {}
+            for path in self.shards():
+                for record in stream_jsonl(path):
+                    key = _key_of(record, path)
+                    self._keys[key] = self._keys.get(key, False) or _is_final(record)
         return self._keys
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """Write those whose key is new, and wait until they are on the disk. Returns how many were new.
+        """Write those without a final record yet, and wait until they are on the disk. Returns how many those were.
 
         Raises:
             StoreError: another process writes as this one, or the disk is full. What was there before is unharmed.
         """
+        self._become_writer()
         new: dict[str, Mapping[str, Any]] = {}
         for record in records:
             key = _key_of(record, self.folder)
-            if key not in self.keys():
+            if key not in self:
                 new.setdefault(key, record)
-        if not new:
-            return 0
-        self._become_writer()
         left = list(new.items())
         while left:
             path, room = self._shard_with_room()
             part, left = left[:room], left[room:]
             self._write(path, [record for _, record in part])
             self._current = (path, room - len(part))
-            self.keys().update(key for key, _ in part)
+            self._index().update((key, _is_final(record)) for key, record in part)
         return len(new)
 
     def close(self) -> None:
@@ -97,6 +106,8 @@ class RecordStore:
             self._lock = None
 
     def __enter__(self) -> RecordStore:
+        """Become the writer before anything is drawn that another one draws as well."""
+        self._become_writer()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -115,7 +126,7 @@ class RecordStore:
                 f"{self.folder}: another process writes {self.name} with process index {self._process}; wait for it, "
                 "or give each process its own index"
             ) from error
-        self._lock = lock
+        self._lock, self._keys = lock, None  # another writer may have added to what was read before
 
     def _shard_with_room(self) -> tuple[Path, int]:
         if self._current is not None and self._current[1] > 0:
@@ -142,6 +153,10 @@ class RecordStore:
                     "Make room and run the same command again",
                 ) from error
             raise
+
+
+def _is_final(record: Mapping[str, Any]) -> bool:
+    return record.get("final", True)
 
 
 def _key_of(record: Mapping[str, Any], path: Path) -> str:

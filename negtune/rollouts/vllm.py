@@ -8,18 +8,23 @@ engine's weights and empties its prefix cache.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from negtune.models.policy import is_peft
-from negtune.models.structure import causal_lm
+from negtune.models.structure import causal_lm, unwrapped
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
@@ -27,6 +32,7 @@ from negtune.rollouts.sampler import (
     Rollout,
     Sampler,
     SamplingParams,
+    eos_token_ids,
     fitting_token_ids,
     make_rollout,
 )
@@ -46,8 +52,8 @@ class VLLMSampler(Sampler):
         folder: where adapters are kept for the engine; a temporary one by default.
         engine: further arguments of `vllm.LLM` (`max_model_len`, `tensor_parallel_size`, `enforce_eager`,
             `enable_sleep_mode` ...). `dtype` is the trained model's if not given: vLLM by itself would take bfloat16
-            for a float32 model, and the two would differ by more than many a policy step. `gpu_memory_utilization` is
-            0.3 if not given, as the trainer is on the same GPU.
+            for a float32 model, and the two would differ by more than many a policy step. With LoRA on a GPU it has to
+            be a half-precision one. `gpu_memory_utilization` is 0.3 if not given, as the trainer is on the same GPU.
 
     Raises:
         ValueError: vLLM cannot serve this model or adapter as it is trained; the message says what can.
@@ -64,23 +70,28 @@ class VLLMSampler(Sampler):
         folder: str | Path | None = None,
         **engine: Any,
     ) -> None:
+        model = unwrapped(model)
         refuse_unservable(model, engine.get("quantization"))
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over as tensors
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
         arguments = {**_defaults(model, checkpoint), **engine}
         _refuse_settings(arguments)
+        self._quantization = arguments.get("quantization")
         self._in_this_process = _in_this_process(arguments)
+        self.dtype = getattr(torch, str(arguments["dtype"]), None)
+        self._eos = eos_token_ids(tokenizer, causal_lm(model).generation_config)
         self._sleeps, self._asleep = bool(arguments.get("enable_sleep_mode")), False
         self.tokenizer, self.policy, self.served_hash = tokenizer, policy, ""
         self._temporary = tempfile.TemporaryDirectory(prefix="negtune-adapters-") if folder is None else None
         self._folder = Path(folder or self._temporary.name)
-        self._version, self._adapter = 0, None
+        self._session, self._version, self._adapter = uuid.uuid4().hex[:8], 0, None
         if _launched() > 1:
-            PartialState(
-                cpu=not torch.cuda.is_available()
-            )  # vLLM joins the group of the training processes, or fails where there is none yet
+            # vLLM joins the group of the training processes, and fails where there is none yet.
+            PartialState(cpu=not torch.cuda.is_available())
         from vllm import LLM
 
-        self.llm = LLM(**arguments)
+        with _random_state_kept():
+            self.llm = LLM(**arguments)
         if is_peft(model) and not torch.cuda.is_available():
             self.llm.collective_rpc("multiply_by_one_adapter")
         self.update(model, policy)
@@ -92,7 +103,9 @@ class VLLMSampler(Sampler):
             model: with the same adapter settings as at construction.
             policy: name of this version.
         """
+        refuse_unservable(model, self._quantization)
         self._wake()
+        model = unwrapped(model)
         if is_peft(model):
             self._serve_adapter(model)
         else:
@@ -103,12 +116,17 @@ class VLLMSampler(Sampler):
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
         ids = fitting_token_ids(requests, self.tokenizer, self.llm.llm_engine.model_config.max_model_len)
         self._wake()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": row} for row in ids],
-            [_engine_params(request, params) for request in requests],
-            lora_request=self._adapter,
-            use_tqdm=False,
-        )
+        try:
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": row} for row in ids],
+                [_engine_params(request, params, self._eos) for request in requests],
+                lora_request=self._adapter,
+                use_tqdm=False,
+            )
+        except BaseException:  # what is left in the engine would come out of the next call
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         return [
             self._rollout(request, row, output.outputs[0], params)
             for request, row, output in zip(requests, ids, outputs, strict=True)
@@ -129,7 +147,9 @@ class VLLMSampler(Sampler):
             self._asleep = False
 
     def close(self) -> None:
-        """Forget the adapters' folder. The engine ends with the process."""
+        """Delete the adapter's folder. The engine ends with the process."""
+        if self._adapter is not None:
+            shutil.rmtree(self._folder / self._adapter.lora_name, ignore_errors=True)
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -150,31 +170,38 @@ class VLLMSampler(Sampler):
         from vllm.lora.request import LoRARequest
 
         self._version += 1
-        name = f"policy-{os.getpid()}-{self._version}"
+        name = f"policy-{self._session}-{self._version}"
         path = save_adapter(model, self._folder / name)
-        before, self._adapter = self._adapter, LoRARequest(name, self._version, str(path))
+        adapter = LoRARequest(name, self._version, str(path))
+        try:
+            self.llm.llm_engine.add_lora(adapter)  # whatever vLLM does not take, it says now
+        except BaseException:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+            raise
+        before, self._adapter = self._adapter, adapter
         if before is not None:
             self.llm.llm_engine.remove_lora(before.lora_int_id)
-            shutil.rmtree(self._folder / before.lora_name)
+            shutil.rmtree(self._folder / before.lora_name, ignore_errors=True)
 
     def _replace_weights(self, model: nn.Module) -> None:
         if self._in_this_process:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         else:
             self._version += 1
-            path = self._folder / f"weights-{os.getpid()}-{self._version}"
+            path = self._folder / f"weights-{self._session}-{self._version}"
             model.save_pretrained(path)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             shutil.rmtree(path)
         if not torch.cuda.is_available():
             self.llm.collective_rpc("pack_linear_layers_again")
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept cached prefixes of the old weights: requests are still running in the engine")
 
 
 def _defaults(model: nn.Module, checkpoint: str | Path | None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` under which it computes what the trainer computes, and leaves room for it."""
     arguments: dict[str, Any] = {
-        "model": str(checkpoint or model.config._name_or_path),
+        "model": str(checkpoint or causal_lm(model).config._name_or_path),
         "dtype": str(causal_lm(model).dtype).removeprefix("torch."),
         "logprobs_mode": "processed_logprobs",  # of the distribution tokens are drawn from
         "enable_prefix_caching": True,
@@ -202,6 +229,11 @@ def _refuse_settings(arguments: Mapping[str, Any]) -> None:
             "tensor_parallel_size at 1, or sample from a server with VLLMServerSampler"
         )
     if torch.cuda.is_available():
+        if arguments.get("enable_lora") and str(arguments["dtype"]).endswith("float32"):
+            raise ValueError(
+                "vLLM computes LoRA on a GPU in half precision only; load the model with dtype=torch.bfloat16, or give "
+                "dtype='bfloat16' (the engine then differs from a float32 trainer by rounding), or use HFSampler"
+            )
         return
     if arguments["enable_chunked_prefill"]:
         raise ValueError("enable_chunked_prefill must be off on a CPU: seeded requests would end vLLM 0.31's engine")
@@ -224,16 +256,26 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds the random numbers of this process, which are the trainer's too, and sets its float32 precision."""
+    python, numpy, precision = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_float32_matmul_precision(precision)
+
+
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights as the checkpoint has them: a tied weight once."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-    for name, buffer in model.named_buffers():
-        if name in model.state_dict():
-            yield name, buffer
+    """Names and weights as a checkpoint has them, which vLLM loads: a tied weight once, fused experts apart."""
+    kept = model.state_dict()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    yield from revert_weight_conversion(model, weights).items()
 
 
-def _engine_params(request: Request, params: SamplingParams) -> Any:
+def _engine_params(request: Request, params: SamplingParams, eos: list[int]) -> Any:
     from vllm import SamplingParams as EngineParams
 
     return EngineParams(
@@ -244,6 +286,7 @@ def _engine_params(request: Request, params: SamplingParams) -> Any:
         min_p=params.min_p,
         max_tokens=params.max_tokens,
         stop=list(params.stop),
+        stop_token_ids=eos,
         include_stop_str_in_output=True,
         seed=request.seed(params),
         logprobs=0,

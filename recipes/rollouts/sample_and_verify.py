@@ -66,20 +66,15 @@ def main() -> None:
     ):
         folder, i = Path(args.output_dir, name), state.process_index
         share = {"process_index": i, "processes": state.num_processes, "part": args.batch_size}
-        with RecordStore(folder, process_index=i) as rollouts:
-            generate(
-                rollouts,
-                sampler,
-                rows,
-                args.num_generations,
-                params,
-                **share,
-                progress=watched(state, f"{name}: rollouts"),
-            )
+        with RecordStore(folder, process_index=i) as rollouts, progress(state, f"{name}: rollouts") as bar:
+            generate(rollouts, sampler, rows, args.num_generations, params, **share, progress=bar)
         state.wait_for_everyone()
-        with verifier, RecordStore(folder, "verdicts", process_index=i) as verdicts:
-            watch = watched(state, f"{name}: verdicts")
-            verify(RecordStore(folder), verdicts, verifier, name=type(verifier).__name__, **share, progress=watch)
+        with (
+            verifier,
+            RecordStore(folder, "verdicts", process_index=i) as verdicts,
+            progress(state, f"{name}: verdicts") as bar,
+        ):
+            verify(RecordStore(folder), verdicts, verifier, name=type(verifier).__name__, **share, progress=bar)
         state.wait_for_everyone()
         if state.is_main_process:
             print(f"\n{name}")
@@ -87,8 +82,8 @@ def main() -> None:
     state.destroy_process_group()
 
 
-def watched(state: PartialState, what: str) -> Progress | None:
-    return Progress(what) if state.is_main_process else None
+def progress(state: PartialState, what: str) -> Progress:
+    return Progress(what, shown=state.is_main_process)
 
 
 def make_sampler(args: Arguments, state: PartialState) -> Sampler:

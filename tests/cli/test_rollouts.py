@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from negtune.cli.main import main
+from negtune.models.tiny import save_tiny
 from negtune.records import append_jsonl, read_jsonl, write_jsonl
 from negtune.rollouts.store import RecordStore
+from negtune.verifiers.exact import ExactVerifier
+from negtune.verifiers.verdict import Verdict
 
 GENERATE = ["rollouts", "generate", "--model", "tiny", "--store", "s", "--prompts"]
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
@@ -30,9 +33,50 @@ def test_generate_draws_once_and_goes_on(files, capsys):
     assert "3 drawn, 9 in" in capsys.readouterr().out
     records = list(RecordStore(files / "store"))
     assert {r["columns"]["answer"] for r in records} == {"0", "2", "4"}
-    assert {r["policy"] for r in records} == {"tiny"}
+    assert len({r["policy"] for r in records}) == 1
     assert main(["rollouts", "stats", "--store", str(files / "store")]) == 0
     assert "9 rollouts of 3 prompts" in capsys.readouterr().out
+
+
+def test_other_weights_behind_the_same_path_are_another_policy(files, capsys):
+    for seed in (0, 1, 1):
+        save_tiny(files / "model", seed=seed)
+        assert generate(files, "--model", str(files / "model")) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "drawn" in line] == [
+        f"3 drawn, 3 in {files / 'store'}",
+        f"3 drawn, 6 in {files / 'store'}",
+        f"0 drawn, 6 in {files / 'store'}",
+    ]
+
+
+def test_errors_of_ours_are_one_line_and_faults_of_others_are_not(files, capsys, monkeypatch):
+    append_jsonl(
+        files / "rollouts-00000-00000.jsonl",
+        [
+            {
+                "key": str(i),
+                "prompt": "p",
+                "prefix": "",
+                "text": "4",
+                "finish_reason": "stop",
+                "columns": {"answer": "4"},
+            }
+            for i in range(60)
+        ],
+    )
+    verify = ["rollouts", "verify", "--store", str(files), "--verifier", "exact"]
+    monkeypatch.setattr(ExactVerifier, "verify", lambda self, *args, **columns: [Verdict("unscored")] * 60)
+    assert main(verify) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("negtune: error: 60 of 60")
+
+    def fault(self, *args, **columns):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(ExactVerifier, "verify", fault)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(verify)
 
 
 def test_verify_scores_what_ended_by_itself(files, capsys):
@@ -83,6 +127,11 @@ def test_audit_gives_both_error_rates_by_bucket_with_examples(files, capsys):
             "--api_key_env NO: no such environment variable",
         ),
         ([*GENERATE, "prompts.jsonl", "--engine", "server", "--url", "127.0.0.1:1"], "url must be http://host:port"),
+        ([*GENERATE, "prompts.jsonl", "--max_model_len", "9"], "--max_model_len is for --engine vllm"),
+        (
+            [*GENERATE, "prompts.jsonl", "--engine", "server", "--url", "http://127.0.0.1:1", "--load_in_4bit"],
+            "--load_in_4bit has no meaning for a server",
+        ),
     ],
 )
 def test_mistakes_are_one_line(files, monkeypatch, capsys, arguments, words):
@@ -94,7 +143,14 @@ def test_mistakes_are_one_line(files, monkeypatch, capsys, arguments, words):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["rollouts", "genrate"], "did you mean generate?"), (["rollouts"], "ACTION")]
+    ("arguments", "words"),
+    [
+        (["rollouts", "genrate"], "did you mean generate?"),
+        (["rollouts"], "ACTION"),
+        ([*GENERATE, "p.jsonl", "--batch_size", "0"], "--batch_size: must be at least 1, got 0"),
+        ([*GENERATE, "p.jsonl", "--limit", "-1"], "--limit: must be at least 1, got -1"),
+        ([*GENERATE, "p.jsonl", "--num_generations", "0"], "--num_generations: must be at least 1, got 0"),
+    ],
 )
 def test_wrong_actions_are_named(capsys, arguments, words):
     with pytest.raises(SystemExit):
@@ -106,6 +162,10 @@ def test_rows_without_prompt_or_truth_are_named(files, capsys):
     write_jsonl(files / "prompts.jsonl", [ROWS[0], {"answer": "1"}])
     assert generate(files) == 1
     assert "row 2: no prompt; the row has answer" in capsys.readouterr().err
+    for prompt in (7, {"role": "user"}, [{"role": "user", "content": None}]):
+        write_jsonl(files / "prompts.jsonl", [ROWS[0], {"prompt": prompt}])
+        assert generate(files) == 1
+        assert "row 2: the prompt must be text or a list of messages" in capsys.readouterr().err
     write_jsonl(files / "l.jsonl", [{"completion": "a", "right": "yes"}])
     assert (
         main(["verify", "audit", "--rollouts", str(files / "l.jsonl"), "--truth", "right", "--verifier", "exact"]) == 1

@@ -96,7 +96,7 @@ def test_an_engine_that_slept_draws_from_the_weights_of_its_last_update(tiny_fol
     from negtune import SamplingParams, VLLMSampler, attest
     from negtune.models.load import load_model
 
-    model, tokenizer = load_model(tiny_folder)
+    model, tokenizer = load_model(tiny_folder, dtype=torch.bfloat16 if lora else torch.float32)
     model = model.cuda()
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))

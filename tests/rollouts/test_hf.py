@@ -12,7 +12,7 @@ from negtune.data.completions import collate, prompt_token_ids
 from negtune.models.forward import attach_scoring, completion_logps
 from negtune.models.tiny import tiny_lm, tiny_tokenizer
 from negtune.rollouts.hf import HFSampler, cut
-from negtune.rollouts.sampler import Rollout, SamplingParams, requests_for, share_of
+from negtune.rollouts.sampler import AGAIN, Rollout, SamplingParams, requests_for, share_of
 
 PROMPTS = ["Where is Rome?", "Who", "A longer prompt, so that there is padding.", [{"role": "user", "content": "Hi"}]]
 SHORT = SamplingParams(max_tokens=6)
@@ -75,8 +75,40 @@ def test_another_seed_gives_other_completions_and_other_keys(sampler):
 
 def test_prompts_given_twice_are_drawn_twice(sampler):
     rollouts = sampler.sample(["Who", "Who"], n=2, params=SHORT)
-    assert [r.number for r in rollouts] == [0, 1, 2, 3]
+    assert [r.number for r in rollouts] == [0, 1, AGAIN, AGAIN + 1]
     assert len({r.key for r in rollouts}) == 4
+    more = sampler.sample(["Who", "Who"], n=3, params=SHORT)
+    assert [more[i].key for i in (0, 1, 3, 4)] == [r.key for r in rollouts]  # whichever row they belong to
+
+
+def test_settings_that_are_equal_give_equal_keys():
+    whole, decimal = SamplingParams(temperature=1, top_p=1, min_p=0), SamplingParams(temperature=1.0)
+    request = requests_for(["Who"], 1)[0]
+    assert request.key(whole, "0") == request.key(decimal, "0")
+
+
+@pytest.mark.parametrize("prompt", ["Who", "Where is Rome? " * 3])
+def test_a_completion_ends_with_the_models_positions(sampler, prompt):
+    rows = len(sampler.tokenizer(prompt)["input_ids"])
+    sampler.model.config.max_position_embeddings = rows + 3
+    long = SamplingParams(max_tokens=6)
+    other = sampler.sample(["W"], params=long)[0]
+    short = sampler.sample([prompt, "W"], params=long)
+    assert len(short[0].completion_ids) == 3
+    assert short[0].finish_reason == "length"
+    assert short[1].completion_ids == other.completion_ids  # whoever is its neighbour
+    sampler.model.config.max_position_embeddings = rows
+    with pytest.raises(ValueError, match=f"leaves no room in max_position_embeddings={rows}"):
+        sampler.sample([prompt], params=SHORT)
+    with pytest.raises(ValueError, match="has no tokens; drop the row"):
+        sampler.sample([""], params=SHORT)
+    with pytest.raises(ValueError, match="at least 0.01, got 0.001"):
+        SamplingParams(temperature=0.001)
+
+
+def test_the_likeliest_token_is_taken_whatever_the_cuts(sampler):
+    plain, cut = (sampler.sample(PROMPTS, params=SamplingParams(temperature=0, max_tokens=3, top_k=k)) for k in (0, 2))
+    assert [r.logps for r in cut] == [r.logps for r in plain]
 
 
 def test_temperature_zero_takes_the_likeliest_token(sampler):
@@ -111,6 +143,15 @@ def test_a_stop_text_ends_a_completion_at_the_token_that_completes_it(sampler):
     assert len(stopped.completion_ids) <= 5
 
 
+def test_a_stop_text_may_be_a_special_token(sampler):
+    bias = torch.zeros(sampler.model.vocab_size, dtype=torch.float64)
+    bias[sampler.tokenizer.convert_tokens_to_ids("<|user|>")] = 8.0
+    sampler.model.lm_head.bias = torch.nn.Parameter(bias)
+    rollout = sampler.sample(["Where"], params=SamplingParams(max_tokens=8, stop="<|user|>"))[0]
+    assert rollout.finish_reason == "stop"
+    assert sampler.tokenizer.convert_ids_to_tokens(rollout.completion_ids)[-1] == "<|user|>"
+
+
 def test_a_prefix_stays_inside_the_open_turn(sampler):
     chat = [{"role": "user", "content": "Hi"}]
     rollout = sampler.sample([chat], params=SHORT, prefixes=["First step."])[0]
@@ -119,6 +160,7 @@ def test_a_prefix_stays_inside_the_open_turn(sampler):
     assert rollout.prompt_ids == opened + step
     by_ids = sampler.sample([chat], params=SHORT, prefixes=[step])[0]
     assert by_ids.prompt_ids == rollout.prompt_ids
+    assert by_ids.prefix_text == rollout.prefix_text == "First step."
 
 
 def test_settings_of_the_checkpoint_have_no_part_in_the_draw(sampler):
@@ -169,7 +211,7 @@ def test_records_survive_the_store(sampler):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"temperature": -1}, "temperature must not be negative"),
+        ({"temperature": -1}, "temperature must be 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"top_p": 0}, "need 0 < top_p"),
         ({"stop": ""}, "must not be empty"),
@@ -183,6 +225,6 @@ def test_wrong_settings_are_refused(settings, words):
 def test_requests_need_a_prefix_for_every_prompt():
     with pytest.raises(ValueError, match="one prefix per prompt, got 1 for 2"):
         requests_for(["a", "b"], 1, ["x"])
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ValueError, match="need 1 to 999999 completions"):
         requests_for(["a"], 0)
     assert math.isfinite(requests_for(["a"], 1)[0].seed(SamplingParams()))

@@ -63,7 +63,9 @@ def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, en
 
 
 SERVED = """
+import random
 import sys
+import numpy as np
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
@@ -78,7 +80,10 @@ if __name__ == "__main__":
     if training == "lora":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     engine = {"tensor_parallel_size": parts} if parts > 1 else {}
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     sampler = VLLMSampler(model, tokenizer, enforce_eager=True, max_model_len=384, **engine)
+    assert torch.equal(before[0], torch.get_rng_state()), "the trainer's random numbers"
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     for version in ("1", "2"):
         for parameter in model.parameters():
             if parameter.requires_grad:

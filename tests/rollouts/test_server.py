@@ -25,7 +25,7 @@ from negtune.models.tiny import save_tiny, tiny_lm
 from negtune.records import write_jsonl
 from negtune.rollouts.attest import StaleEngineError, attest
 from negtune.rollouts.sampler import SamplingParams
-from negtune.rollouts.server import ServerError, VLLMServerSampler
+from negtune.rollouts.server import ServerError, VLLMServerSampler, _Server
 from negtune.rollouts.store import RecordStore
 
 needs_vllm = pytest.mark.skipif(
@@ -39,7 +39,8 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 class Server:
     """A vLLM server process that can be killed and started again on the same port."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, logprobs_mode: str = "processed_logprobs") -> None:
+        self.logprobs_mode = logprobs_mode
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -50,7 +51,8 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "384", "--enable-lora", "--max-lora-rank", "8"]
-        command += ["--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"]
+        command += ["--logprobs-mode", self.logprobs_mode, "--no-enable-chunked-prefill"]
+        command += ["--override-generation-config", '{"repetition_penalty": 1.9}']  # as some checkpoints have it
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_CI_ENV": "1"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -111,6 +113,12 @@ class Wire:
         if fault == "reset":
             client.recv(10)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            return
+        if fault == "silent":
+            client.recv(1 << 16)
+            client.settimeout(600)
+            client.recv(1)  # until the other side gives up
             client.close()
             return
         if fault == "slow":
@@ -215,6 +223,97 @@ def test_a_server_that_does_not_fit_is_refused_with_the_way_out(server, tiny_fol
     other = get_peft_model(load_model(tmp_path / "other")[0], LoraConfig(**LORA))
     with pytest.raises(ValueError, match="start it with --model"):
         VLLMServerSampler(other, tokenizer, server.url)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_server_whose_log_probabilities_are_of_another_distribution_is_refused(tiny_folder, tmp_path):
+    raw = Server(tiny_folder, tmp_path / "log", logprobs_mode="raw_logprobs")
+    raw.start()
+    try:
+        raw.wait()
+        with pytest.raises(ValueError, match="start it with --logprobs-mode processed_logprobs"):
+            VLLMServerSampler(str(tiny_folder), load_model(tiny_folder)[1], raw.url)
+    finally:
+        raw.kill()
+
+
+@needs_vllm
+def test_an_update_that_fails_changes_nothing(server, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    wire = Wire(server.port, [])
+    sampler = VLLMServerSampler(model, tokenizer, wire.url, policy="good", patience=0.3)
+    before, folders = sampler.sample(PROMPTS, params=PARAMS), set(sampler._folder.iterdir())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    wire._faults += ["503"] * 3
+    with pytest.raises(ServerError, match="is the server running"):
+        sampler.update(model, "bad")
+    wire._faults.clear()
+    assert sampler.sample(PROMPTS, params=PARAMS) == before
+    assert set(sampler._folder.iterdir()) == folders
+    sampler.update(model, "better")
+    attest(sampler, model, tokenizer)
+    folder = sampler._folder
+    sampler.close()
+    assert not folder.exists()
+    wire.close()
+
+
+@needs_vllm
+def test_what_the_server_refuses_for_good_is_said_at_once_and_in_its_words(server, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    sampler = VLLMServerSampler(model, tokenizer, server.url)
+    start = time.monotonic()
+    with pytest.raises(ServerError, match="does not see /nowhere"):
+        sampler._load_adapter(("name", Path("/nowhere")))
+    assert time.monotonic() - start < 30  # of 300 s of patience
+    sampler.close()
+
+
+@needs_vllm
+def test_requests_under_way_end_when_the_draw_does(server, model_and_tokenizer, monkeypatch):
+    """As at Ctrl-C: threads that wait for a silent server would keep the process for `timeout` seconds."""
+    model, tokenizer = model_and_tokenizer
+    wire = Wire(server.port, [])
+    sampler = VLLMServerSampler(model, tokenizer, wire.url, timeout=600)
+    wire._faults += ["silent"] * 3
+    failed: list[Exception] = []
+
+    def draw() -> None:
+        try:
+            sampler.sample(PROMPTS, params=PARAMS)
+        except ServerError as error:
+            failed.append(error)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    while wire._faults:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    sampler._server.drop_requests()
+    drawing.join(30)
+    assert not drawing.is_alive()
+    assert failed
+    wire._faults.clear()
+    assert len(sampler.sample(PROMPTS, params=PARAMS)) == 3  # later draws are served
+    sampler.close()
+    wire.close()
+
+
+def test_patience_begins_with_the_first_failure_not_with_the_request(tmp_path):
+    """A request that took longer than `patience` before its connection broke is still tried again."""
+    replies = iter(["slow", "ok"])
+
+    class Wanted(_Server):
+        def once(self, method, path, body):
+            if next(replies) == "slow":
+                time.sleep(0.6)
+                raise ConnectionResetError("in the middle")
+            return 200, b"{}"
+
+    assert Wanted("http://127.0.0.1:1", None, 1.0, 0.5).get("/v1/models") == {}
 
 
 @needs_vllm

@@ -78,6 +78,33 @@ def test_two_writers_of_one_index_are_refused(tmp_path):
     RecordStore(tmp_path).append(records(2))
 
 
+def test_a_failure_is_kept_until_something_final_takes_its_place(tmp_path):
+    failed = {"key": "0001", "text": "engine died", "final": False}
+    with RecordStore(tmp_path) as store:
+        assert store.append([failed, *records(2)]) == 2
+        assert "0001" not in store
+        assert len(store) == 2
+    assert list(RecordStore(tmp_path)) == [failed, *records(2)]
+    with RecordStore(tmp_path, process_index=1) as other:
+        assert other.append([failed]) == 1  # it failed again
+        assert other.append(records(1)) == 1
+        assert other.append([failed]) == other.append(records(1)) == 0
+        assert "0001" in other
+    assert sorted(RecordStore(tmp_path), key=lambda r: r["key"]) == records(1, 2)
+    assert len(RecordStore(tmp_path)) == 2
+
+
+def test_a_second_writer_is_refused_before_it_has_done_anything_and_knows_what_the_first_one_wrote(tmp_path):
+    late = RecordStore(tmp_path)
+    assert len(late) == 0
+    with RecordStore(tmp_path) as first:
+        with pytest.raises(StoreError, match="another process writes"), late:
+            pass
+        first.append(records(1))
+    with late:
+        assert "0001" in late
+
+
 FILL_THE_DISK = """
 import resource, signal, sys
 from negtune.rollouts.store import RecordStore

@@ -13,7 +13,14 @@ from negtune.data.completions import prompt_token_ids
 from negtune.models.load import load_model
 from negtune.models.tiny import save_tiny
 from negtune.rollouts.adapters import lora_rank, refuse_unservable
-from negtune.rollouts.attest import StaleEngineError, attest, difference, policy_logps, served_weights_hash
+from negtune.rollouts.attest import (
+    StaleEngineError,
+    attest,
+    computes_in_half,
+    difference,
+    policy_logps,
+    served_weights_hash,
+)
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.vllm import VLLMSampler
@@ -211,7 +218,7 @@ def test_attestation_finds_stale_cached_prefixes(engines, monkeypatch):
     sampler.update(model, "before")
     attest(sampler, model, tokenizer)
     train_a_bit(model)
-    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: None)
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
     sampler.update(model, "after")
     with pytest.raises(StaleEngineError, match="same weights .* the engine is stale"):
         attest(sampler, model, tokenizer)
@@ -261,6 +268,13 @@ def test_attestation_finds_log_probabilities_before_temperature(tiny):
     [
         ({"modules_to_save": ["lm_head"]}, "modules trained in full"),
         ({"use_dora": True}, "DoRA"),
+        ({"rank_pattern": {"q_proj": 4}}, "ranks of their own"),
+        ({"alpha_pattern": {"q_proj": 4}}, "scales of their own"),
+        ({"bias": "all"}, "trained biases"),
+        ({"lora_bias": True}, "biases in an adapter"),
+        ({"trainable_token_indices": [1, 2]}, "trained token embeddings"),
+        ({"init_lora_weights": "pissa"}, "rewrote the base weights"),
+        ({"init_lora_weights": "olora"}, "rewrote the base weights"),
     ],
 )
 def test_adapters_that_vllm_would_serve_wrongly_are_refused(tiny, config, words):
@@ -269,15 +283,128 @@ def test_adapters_that_vllm_would_serve_wrongly_are_refused(tiny, config, words)
         refuse_unservable(model)
 
 
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
+def test_adapters_that_it_serves_are_not(tiny, config):
+    refuse_unservable(get_peft_model(tiny[0], LoraConfig(r=2, target_modules=["q_proj"], **config)))
+
+
+def test_two_adapters_at_once_are_refused(tiny):
+    model = get_peft_model(tiny[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="one adapter at a time"):
+        refuse_unservable(model)
+
+
+def test_weights_that_no_process_has_whole_are_refused(tiny):
+    tiny[0].lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks them
+    with pytest.raises(ValueError, match="split over processes"):
+        refuse_unservable(tiny[0])
+
+
+def test_lora_in_float32_is_refused_on_a_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = get_peft_model(tiny[0], LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="in half precision only; load the model with dtype=torch.bfloat16"):
+        VLLMSampler(model, tiny[1])
+
+
 def test_four_bit_models_are_refused_with_the_way_out(tiny_folder):
     model, _ = load_model(tiny_folder, load_in_4bit=True)
     with pytest.raises(ValueError, match="HFSampler"):
         refuse_unservable(model)
 
 
-def test_the_rank_fits_the_largest_adapter(tiny):
-    model = get_peft_model(tiny[0], LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 20}))
+def test_the_rank_is_one_that_vllm_has(tiny):
+    model = get_peft_model(tiny[0], LoraConfig(r=20, target_modules=["q_proj"]))
     assert lora_rank(model) == 32
+
+
+@needs_vllm
+def test_an_interrupted_draw_leaves_nothing_in_the_engine(served, monkeypatch):
+    model, _, sampler = served
+    expected = sampler.sample(PROMPTS, n=2, params=PARAMS)
+    engine, steps = sampler.llm.llm_engine, iter(range(3))
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: step() if next(steps) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(PROMPTS, n=2, params=SamplingParams(max_tokens=64))
+    monkeypatch.undo()
+    sampler.update(model, sampler.policy)  # its prefix cache can be emptied
+    assert [r.completion_ids for r in sampler.sample(PROMPTS, n=2, params=PARAMS)] == [
+        r.completion_ids for r in expected
+    ]
+
+
+@needs_vllm
+def test_an_update_that_fails_changes_nothing(engines, monkeypatch):
+    model, tokenizer, sampler = engines("lora")
+    sampler.update(model, "good")
+    before, folders = sampler.sample(PROMPTS, params=PARAMS), set(sampler._folder.iterdir())
+
+    def refuse(request):
+        raise ValueError("unsupported LoRA weight")
+
+    monkeypatch.setattr(sampler.llm.llm_engine, "add_lora", refuse)
+    train_a_bit(model)
+    with pytest.raises(ValueError, match="unsupported LoRA weight"):
+        sampler.update(model, "bad")
+    assert sampler.sample(PROMPTS, params=PARAMS) == before
+    assert set(sampler._folder.iterdir()) == folders
+    with pytest.raises(StaleEngineError, match="serves policy 'good'"):
+        attest(sampler, model, tokenizer)
+
+
+@needs_vllm
+def test_a_completion_ends_where_the_trainers_tokenizer_says(served, monkeypatch):
+    """Whatever the checkpoint's own EOS is."""
+    _, _, sampler = served
+    long = sampler.sample(["Who"], params=SamplingParams(max_tokens=8))[0]
+    monkeypatch.setattr(sampler, "_eos", [long.completion_ids[3]])
+    ended = sampler.sample(["Who"], params=SamplingParams(max_tokens=8))[0]
+    assert ended.finish_reason == "stop"
+    assert ended.completion_ids == long.completion_ids[: long.completion_ids.index(long.completion_ids[3]) + 1]
+
+
+class Wrapped(torch.nn.Module):
+    """As DDP wraps: the model is `.module`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+@needs_vllm
+def test_a_wrapped_model_is_unwrapped(served):
+    model, tokenizer, sampler = served
+    train_a_bit(model)
+    sampler.update(Wrapped(model), "wrapped")
+    assert attest(sampler, Wrapped(model), tokenizer).max_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("how", "half"),
+    [("float32", False), ("bfloat16 weights", True), ("autocast", True), ("accelerate", True), ("engine", True)],
+)
+def test_the_tolerance_follows_the_coarsest_arithmetic(tiny, how, half):
+    from contextlib import nullcontext
+
+    model, tokenizer = tiny
+    sampler = HFSampler(model, tokenizer)
+    if how == "bfloat16 weights":
+        model.bfloat16()
+    if how == "accelerate":
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+        AcceleratorState._reset_state()
+    if how == "engine":
+        sampler.dtype = torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else nullcontext():
+        assert computes_in_half(sampler, model) == half
+        attest(sampler, Wrapped(model), tokenizer)  # no false alarm
 
 
 def test_a_sleeping_engine_is_woken_once_before_it_is_used(tiny, monkeypatch):
@@ -289,12 +416,17 @@ def test_a_sleeping_engine_is_woken_once_before_it_is_used(tiny, monkeypatch):
         model_config = property(lambda self: self)
         max_model_len = 384
 
+        def generate(self, *args, **kwargs):
+            calls.append("generate")
+            return []
+
         def __getattr__(self, name):
-            return lambda *args, **kwargs: calls.append(name) or []
+            return lambda *args, **kwargs: calls.append(name) is None
 
     sampler = VLLMSampler.__new__(VLLMSampler)
     sampler.llm, sampler.tokenizer, sampler.policy, sampler._adapter = Engine(), tiny[1], "0", None
     sampler._sleeps, sampler._asleep, sampler._in_this_process = True, False, True
+    sampler._quantization, sampler._eos = None, [1]
     sampler.sleep()
     sampler.sleep()
     sampler.update(tiny[0], "1")

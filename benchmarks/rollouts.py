@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import row, table, write_result
+from side_by_side import RESULTS, row, table, write_result
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     names = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", default=names, choices=names, metavar="ARM", help=", ".join(names))
+    parser.add_argument("--add", action="store_true", help="keep the other arms of the file of results")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "FILE"), help="internal: one process's part")
     args = parser.parse_args()
     if args.one:
@@ -95,6 +96,9 @@ def main() -> None:
         Path(args.one[1]).write_text(json.dumps(run_one(args, arm)), encoding="utf-8")
         return
     found: dict[str, dict[str, Any]] = {}
+    if args.add:
+        rows = json.loads((RESULTS / "rollouts.json").read_text())["rows"]
+        found = {row.pop("arm"): row for row in rows if "arm" in row}
     with tempfile.TemporaryDirectory() as folder:
         for arm in args.arms:
             file = Path(folder, "one.json")

@@ -202,11 +202,9 @@ def _sampler(args: argparse.Namespace) -> Any:
 
 
 def _policy(args: argparse.Namespace, model: Any) -> str:
-    """What a rollout's policy is called: another name for other weights behind the same path."""
-    from negtune.models.reference import weights_hash
+    from negtune.rollouts.attest import policy_name
 
-    how = [args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None]
-    return f"{'+'.join(filter(None, how))}@{weights_hash(model)[:8]}"
+    return policy_name(model, args.model, args.adapter, args.dtype, "nf4" if args.load_in_4bit else None)
 
 
 def _vllm_sampler(args: argparse.Namespace, model: Any, tokenizer: Any, policy: str) -> Any:

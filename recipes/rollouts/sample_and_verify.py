@@ -25,6 +25,7 @@ from trl import TrlParser
 
 from negtune.cli.rollouts import Progress, print_stats
 from negtune.models.load import load_model
+from negtune.rollouts.attest import policy_name
 from negtune.rollouts.collect import generate, verify
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import Sampler, SamplingParams
@@ -79,7 +80,7 @@ def main() -> None:
         if state.is_main_process:
             print(f"\n{name}")
             print_stats(folder)
-    state.destroy_process_group()
+    sampler.close()
 
 
 def progress(state: PartialState, what: str) -> Progress:
@@ -88,11 +89,12 @@ def progress(state: PartialState, what: str) -> Progress:
 
 def make_sampler(args: Arguments, state: PartialState) -> Sampler:
     model, tokenizer = load_model(args.model)
+    policy = policy_name(model, args.model)
     if args.engine == "hf":
-        return HFSampler(model.to(state.device), tokenizer, batch_size=args.batch_size, policy=args.model)
+        return HFSampler(model.to(state.device), tokenizer, batch_size=args.batch_size, policy=policy)
     from negtune.rollouts.vllm import VLLMSampler
 
-    return VLLMSampler(model, tokenizer, policy=args.model, max_model_len=1024)
+    return VLLMSampler(model, tokenizer, policy=policy, max_model_len=1024)
 
 
 def gsm8k(args: Arguments) -> list[dict[str, Any]]:

@@ -98,10 +98,9 @@ if __name__ == "__main__":
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("processes", "parts", "engine_apart"),
-    [(2, 1, "0"), (1, 1, "1"), (1, 2, "0")],
+    ("training", "processes", "parts", "engine_apart"),
+    [("lora", 2, 1, "0"), ("full", 1, 1, "1"), ("full", 1, 2, "0")],
     ids=["in_each_of_two", "apart", "split_over_two"],
 )
 def test_the_engine_has_the_trainers_weights_in_whichever_process_it_is(

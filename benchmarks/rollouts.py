@@ -21,7 +21,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import RESULTS, row, table, write_result
+from side_by_side import RESULTS, in_fresh_process, row, table, write_result
 
 
 @dataclass(frozen=True)
@@ -99,16 +98,10 @@ def main() -> None:
     if args.add:
         rows = json.loads((RESULTS / "rollouts.json").read_text())["rows"]
         found = {row.pop("arm"): row for row in rows if "arm" in row}
-    with tempfile.TemporaryDirectory() as folder:
-        for arm in args.arms:
-            file = Path(folder, "one.json")
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(file)], check=True, env=environment
-            )
-            found[arm] = json.loads(file.read_text())
-            print(arm, json.dumps(found[arm]), flush=True)
-            path = write_result("rollouts", [*compared(found), *({"arm": arm, **found[arm]} for arm in found)])
+    for arm in args.arms:
+        found[arm] = in_fresh_process(arm, args.threads)
+        print(arm, json.dumps(found[arm]), flush=True)
+        path = write_result("rollouts", [*compared(found), *({"arm": arm, **found[arm]} for arm in found)])
     print(path)
     print(table(compared(found)))
 
@@ -140,12 +133,6 @@ def compared(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_one(args: argparse.Namespace, arm: Arm) -> dict[str, Any]:
-    os.environ |= {
-        "VLLM_CPU_CI_ENV": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "DO_NOT_TRACK": "1",
-    }
     import torch
     from peft import LoraConfig, get_peft_model
 

@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from side_by_side import write_result
+from side_by_side import in_fresh_process, write_result
 
 ARMS = {
     "HFSampler, float64": ("hf", "float64"),
@@ -44,29 +40,17 @@ def main() -> None:
         Path(args.one[1]).write_text(json.dumps(run_one(args, *ARMS[args.one[0]])), encoding="utf-8")
         return
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arm in args.arms:
-            file = Path(folder, "one.json")
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(file)], check=True, env=environment
-            )
-            rows += [{"arm": arm, **row} for row in json.loads(file.read_text())]
-            path = write_result("sampling_agreement", rows)
+    for arm in args.arms:
+        rows += [{"arm": arm, **row} for row in in_fresh_process(arm, args.threads)]
+        path = write_result("sampling_agreement", rows)
     print(path)
     print("| sampler | drawn as | equal completions | tokens before the first difference in the others |")
     print("|---|---|---|---|")
     for row in rows:
-        print(f"| {row['arm']} | {row['drawn']} | {row['equal']} of {row['of']} | {row['tokens_before'] or ''} |")
+        print(f"| {row['arm']} | {row['drawn']} | {row['equal']} of {row['of']} | {'' if row['tokens_before'] is None else row['tokens_before']} |")
 
 
 def run_one(args: argparse.Namespace, engine: str, dtype: str) -> list[dict[str, Any]]:
-    os.environ |= {
-        "VLLM_CPU_CI_ENV": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "DO_NOT_TRACK": "1",
-    }
     import torch
 
     from negtune.models.load import load_model

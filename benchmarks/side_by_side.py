@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,12 @@ import torch
 
 from negtune.eval.run import machine, repository_commit, versions
 
+VLLM_ON_A_CPU = {
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -60,6 +69,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         words += ["" if r[name] is None else f"{r[name]:.3g}" for name in ("ratio", "reach")]
         lines.append("| " + " | ".join([*words, {None: "", True: "yes", False: "no"}[r["met"]]]) + " |")
     return "\n".join(lines)
+
+
+def in_fresh_process(arm: str, threads: int) -> Any:
+    """What the script that runs now finds out about `arm` in a process of its own.
+
+    It is started with its own arguments and `--one ARM FILE`, and has to write its result to that file as JSON.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "one.json")
+        command = [sys.executable, *sys.argv, "--one", arm, str(file)]
+        subprocess.run(command, check=True, env={**os.environ, **VLLM_ON_A_CPU, "OMP_NUM_THREADS": str(threads)})
+        return json.loads(file.read_text())
 
 
 def peak_above_mib(call: Callable[[], Any]) -> float:

@@ -47,7 +47,8 @@ def main() -> None:
     print("| sampler | drawn as | equal completions | tokens before the first difference in the others |")
     print("|---|---|---|---|")
     for row in rows:
-        print(f"| {row['arm']} | {row['drawn']} | {row['equal']} of {row['of']} | {'' if row['tokens_before'] is None else row['tokens_before']} |")
+        before = "" if row["tokens_before"] is None else row["tokens_before"]
+        print(f"| {row['arm']} | {row['drawn']} | {row['equal']} of {row['of']} | {before} |")
 
 
 def run_one(args: argparse.Namespace, engine: str, dtype: str) -> list[dict[str, Any]]:

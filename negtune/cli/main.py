@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if "--debug" in arguments or (isinstance(error, RuntimeError) and not _is_ours(error)):
+        if "--debug" in arguments or (isinstance(error, RuntimeError) and not is_ours(error)):
             raise
         print(f"negtune: error: {explain(error)}", file=sys.stderr)
         return 1
@@ -99,7 +99,7 @@ def explain(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
     """RuntimeErrors of negtune say what to do; those of others are faults whose traceback is wanted."""
     return type(error).__module__.startswith("negtune.")
 

@@ -7,28 +7,42 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from negtune.cli.main import explain
+from negtune.cli.main import explain, is_ours
+
+CHECKPOINT = (
+    "with --save_strategy steps a checkpoint is in the output folder, and the same command with "
+    "--resume_from_checkpoint FOLDER/checkpoint-N goes on from it"
+)
 
 
-def run_recipe(main: Callable[[], None]) -> None:
+def run_recipe(main: Callable[[], None], resume: str = CHECKPOINT) -> None:
     """Call `main`; leave with 1 after a mistake in settings, data or machine, with 130 after Ctrl-C.
 
     `NEGTUNE_DEBUG=1` shows the traceback.
+
+    Args:
+        main: the recipe.
+        resume: how to go on after Ctrl-C.
     """
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            "interrupted; with --save_strategy steps a checkpoint is in the output folder, and the same command with "
-            "--resume_from_checkpoint FOLDER/checkpoint-N goes on from it",
-            file=sys.stderr,
-        )
+        print(f"interrupted; {resume}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        if os.environ.get("NEGTUNE_DEBUG"):
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, RuntimeError) as error:
+        if os.environ.get("NEGTUNE_DEBUG") or (isinstance(error, RuntimeError) and not is_ours(error)):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Before Python ends: gloo's threads abort the process now and then if they outlive it. vLLM leaves by itself."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and "vllm" not in sys.modules:
+        torch.distributed.destroy_process_group()
 
 
 def no_push(args: Any) -> None:

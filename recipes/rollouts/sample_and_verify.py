@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from trl import TrlParser
 
+from negtune.cli.recipe import run_recipe
 from negtune.cli.rollouts import Progress, print_stats
 from negtune.models.load import load_model
 from negtune.rollouts.attest import policy_name
@@ -124,4 +125,4 @@ def reasoning_gym(args: Arguments) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main, resume="the same command goes on where it was")

@@ -47,6 +47,7 @@ if PartialState().is_main_process:
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "runtime" not in k},
     }
     json.dump(result, open(f"{out}/result.json", "w"))
+PartialState().destroy_process_group()  # gloo aborts at exit now and then without it
 """
 
 

@@ -49,6 +49,7 @@ if PartialState().is_main_process:
     history = [r for r in trainer.state.log_history if "loss" in r]
     json.dump({"world": PartialState().num_processes, "history": history, "metrics": metrics, "weights": weights},
               open(out + "/result.json", "w"))
+PartialState().destroy_process_group()  # gloo aborts at exit now and then without it
 """
 
 

@@ -95,7 +95,8 @@ def make_sampler(args: Arguments, state: PartialState) -> Sampler:
         return HFSampler(model.to(state.device), tokenizer, batch_size=args.batch_size, policy=policy)
     from negtune.rollouts.vllm import VLLMSampler
 
-    return VLLMSampler(model, tokenizer, policy=policy, max_model_len=1024)
+    longest = min(1024, model.config.max_position_embeddings)  # vLLM takes memory for as many
+    return VLLMSampler(model, tokenizer, policy=policy, max_model_len=longest)
 
 
 def gsm8k(args: Arguments) -> list[dict[str, Any]]:

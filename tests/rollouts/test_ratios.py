@@ -53,7 +53,12 @@ def test_a_record_remembers_that_its_distribution_was_cut(sampler, cut):
 
 
 def test_behaviour_logps_are_padded_and_masked(sampler):
-    rollouts = sampler.sample(PROMPTS, n=3, params=SamplingParams(max_tokens=6, temperature=0.8))
+    rollouts = [
+        rollout
+        for length in (6, 3)
+        for rollout in sampler.sample(PROMPTS, n=3, params=SamplingParams(max_tokens=length, temperature=0.8))
+    ]
+    assert len({len(r.completion_ids) for r in rollouts}) > 1
     logps, mask = behaviour_logps(rollouts)
     assert mask.sum(1).tolist() == [len(r.completion_ids) for r in rollouts]
     assert logps[~mask].abs().sum() == 0

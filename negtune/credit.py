@@ -19,7 +19,6 @@ from itertools import pairwise
 from math import comb
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -298,20 +297,6 @@ def moving_average(
         return previous
     mean = rewards[scored].double().mean().item()
     return mean if previous is None else decay * previous + (1 - decay) * mean
-
-
-def weigh_signs(advantages: Tensor, *, positive_weight: float = 1.0, negative_weight: float = 1.0) -> Tensor:
-    """The sign dial: positive advantages times one weight, negative ones times the other, any shape.
-
-    (1, 0) trains on positives only (PSR), (0, 1) on negatives only (NSR), (.1, 1) is W-REINFORCE: arXiv 2506.01347.
-    Applied last, so that no normalisation takes it back.
-    """
-    if min(positive_weight, negative_weight) < 0:
-        raise ValueError(
-            f"sign weights cannot be negative, got positive_weight={positive_weight}, "
-            f"negative_weight={negative_weight}; 0 leaves a sign out"
-        )
-    return torch.where(advantages > 0, advantages * positive_weight, advantages * negative_weight)
 
 
 def has_signal(advantages: Float[Tensor, "G N"], scored: Bool[Tensor, "G N"]) -> Bool[Tensor, " G"]:

@@ -28,6 +28,14 @@ class MissingReferenceError(ValueError):
     """An objective asked for the reference model and none was given."""
 
 
+class MissingStepsError(ValueError):
+    """An objective asked which tokens make up a step and the rows do not say."""
+
+
+class MissingBehaviourError(ValueError):
+    """An objective asked for the policy that drew the tokens and the rows do not have its log-probabilities."""
+
+
 @runtime_checkable
 class Head(Protocol):
     """Maps hidden states `[n H]` to logits `[n V]`, scaling and soft-capping included."""
@@ -56,11 +64,13 @@ class SequenceLogps:
         logps: policy log-probability of each token, in nats.
         mask: True where a token belongs to the completion.
         ref_logps: the reference's log-probabilities of the same tokens, or None.
+        step: True on the tokens of the one step that the row is about, or None.
     """
 
     logps: Float[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
     ref_logps: Float[Tensor, "B T"] | None = None
+    step: Bool[Tensor, "B T"] | None = None
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
@@ -90,6 +100,80 @@ class SequenceLogps:
     def log_ratio(self) -> Float[Tensor, " B"]:
         """log pi(y|x) - log pi_ref(y|x), summed over tokens. Raises `MissingReferenceError` without a reference."""
         return self.sums - self.ref_sums
+
+    @property
+    def on_step(self) -> SequenceLogps:
+        """The same with nothing but the step that the row is about. Raises `MissingStepsError` if it has none."""
+        if self.step is None:
+            raise MissingStepsError(
+                "this objective needs to know which tokens are the step; give rows with chosen_step and rejected_step"
+            )
+        return replace(self, mask=self.mask & self.step)
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """What the tokens of a completion deserve, and how they came about.
+
+    Args:
+        advantages: of each token; what stands where `known` is False plays no part.
+        known: True where a token is trained on: part of a completion, and its step was judged.
+        behaviour_logps: log-probability of each token of the completion under the policy that drew it, or None.
+        steps: number of the step that each token belongs to, -1 where it belongs to none; or None.
+    """
+
+    advantages: Float[Tensor, "B T"]
+    known: Bool[Tensor, "B T"]
+    behaviour_logps: Float[Tensor, "B T"] | None = None
+    steps: Int[Tensor, "B T"] | None = None
+
+    @property
+    def positive(self) -> Bool[Tensor, "B T"]:
+        """Tokens to make more likely."""
+        return self.known & (self.advantages > 0)
+
+    @property
+    def negative(self) -> Bool[Tensor, "B T"]:
+        """Tokens to make less likely."""
+        return self.known & (self.advantages < 0)
+
+    def log_ratio(self, policy: SequenceLogps) -> Float[Tensor, "B T"]:
+        """log pi - log mu of each token, 0 behind the mask of `policy`. Raises `MissingBehaviourError` without mu."""
+        if self.behaviour_logps is None:
+            raise MissingBehaviourError(
+                "this objective weighs tokens by how the policy has moved since they were drawn; give rows with "
+                "behaviour_logps, or choose one without ratios (reinforce, awr, nsr ...)"
+            )
+        return (policy.logps - self.behaviour_logps).masked_fill(~policy.mask, 0.0)
+
+    def segments(self, level: str) -> Int[Tensor, "B T"]:
+        """Number of the segment of every token: all 0 for `sequence`, its own for `token`, its step's for `step`.
+
+        Tokens of no step form one segment of their own. Raises `MissingStepsError` for steps that the rows do not have.
+        """
+        width = self.advantages.shape[1]
+        if level == "sequence":
+            return torch.zeros_like(self.known, dtype=torch.long)
+        if level == "token":
+            return torch.arange(width, device=self.known.device).expand_as(self.known)
+        if level != "step":
+            raise ValueError(f"level must be token, step or sequence, got {level!r}")
+        if self.steps is None:
+            raise MissingStepsError("level=step needs rows that say where their steps end (step_ends)")
+        return self.steps.masked_fill(self.steps < 0, width - 1)
+
+
+def segment_sums(values: Float[Tensor, "B T"], segments: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """At every token the sum over all tokens of its row's segment."""
+    return torch.zeros_like(values).scatter_add(1, segments, values).gather(1, segments)
+
+
+def weigh_signs(advantages: Tensor, *, positive_weight: float = 1.0, negative_weight: float = 1.0) -> Tensor:
+    """The sign dial: positive advantages times one weight, negative ones times the other; any shape.
+
+    (1, 0) trains on positives only, (0, 1) on negatives only. Applied last, no normalisation takes it back.
+    """
+    return torch.where(advantages > 0, advantages * positive_weight, advantages * negative_weight)
 
 
 @dataclass(frozen=True)
@@ -241,7 +325,12 @@ class _FrozenHeadValues(torch.autograd.Function):
 
 
 def needs(
-    *, reference: bool = False, distributions: bool = False, activations: bool = False
+    *,
+    reference: bool = False,
+    distributions: bool = False,
+    activations: bool = False,
+    behaviour: bool = False,
+    step: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Declare what an objective reads beyond policy log-probabilities, so that a trainer can refuse at construction.
 
@@ -249,10 +338,12 @@ def needs(
         reference: reads `ref_logps` (or the reference's distributions or activations).
         distributions: takes `TokenDistributions` instead of `SequenceLogps`.
         activations: takes `LayerActivations` of the layer that its hyper-parameter `layer` names.
+        behaviour: reads log-probabilities of the policy that drew the tokens.
+        step: reads which tokens make up a step.
     """
 
     def mark(objective: Callable) -> Callable:
-        declared = Needs(reference, distributions, activations)
+        declared = Needs(reference, distributions, activations, behaviour, step)
         setattr(objective, "needs", declared)  # noqa: B010  functions take attributes
         return objective
 
@@ -264,7 +355,7 @@ class Needs:
     """What an objective reads.
 
     Args:
-        reference, distributions, activations: see `needs`.
+        reference, distributions, activations, behaviour, step: see `needs`.
         sides: its parameters without default: forget, alternative, retain, z0 ...
         layer: the decoder layer whose output it reads, counted from 0; None unless `activations`.
     """
@@ -272,6 +363,8 @@ class Needs:
     reference: bool = False
     distributions: bool = False
     activations: bool = False
+    behaviour: bool = False
+    step: bool = False
     sides: frozenset[str] = frozenset()
     layer: int | None = None
 

@@ -24,7 +24,6 @@ from negtune.credit import (
     spurious_steps,
     state_values,
     step_advantages,
-    weigh_signs,
 )
 
 tallies = st.builds(Tally, st.integers(0, 9), st.integers(0, 9), st.integers(0, 3))
@@ -237,13 +236,6 @@ def test_the_moving_average_follows_the_scored_rewards():
     assert first == pytest.approx(1 / 3)
     assert moving_average(0.5, REWARDS, SCORED, decay=0.9) == pytest.approx(0.45 + 0.1 / 3)
     assert moving_average(0.5, REWARDS, torch.zeros_like(SCORED)) == 0.5
-
-
-def test_the_sign_dial_scales_each_side_alone():
-    found = weigh_signs(torch.tensor([2.0, 0.0, -3.0]), positive_weight=0.1, negative_weight=2.0)
-    assert_close(found, torch.tensor([0.2, 0.0, -6.0]))
-    with pytest.raises(ValueError, match="sign weights cannot be negative"):
-        weigh_signs(torch.ones(1), negative_weight=-1.0)
 
 
 def test_groups_without_a_difference_carry_no_signal():

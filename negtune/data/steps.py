@@ -125,9 +125,9 @@ class TokenSteps:
 def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitter | Sequence[str]) -> TokenSteps:
     """Steps of a completion that a model drew, or that a row was tokenised to.
 
-    A step ends with the first token at whose end its text is whole. In a completion whose text would be tokenised to
-    the same ids, the end is moved on until the prefix alone is tokenised to its ids too, so that whoever re-tokenises a
-    prefix, or a prefix and what follows it, gets these ids. Two steps that would end with the same token are one.
+    A step ends with the first token at whose end its text is whole, so that ids of a prefix and of what follows are
+    those of the whole. The text of a prefix alone may be tokenised otherwise (GPT-2's rules make one token of two line
+    ends, but two where a letter follows): hand on the ids. Two steps that would end with the same token are one.
 
     Args:
         completion_ids: with or without a final EOS.
@@ -142,13 +142,11 @@ def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitte
     steps = split_steps(text, splitter) if callable(splitter) else _given(list(splitter), text)
     if not steps:
         return TokenSteps([len(ids)], [text]) if ids else TokenSteps([], [])
-    canonical = _ids(text, tokenizer)
-    canonical_prefix = canonical == ids[: len(canonical)]
     ends: list[int] = []
     characters = 0
     for step in steps[:-1]:
         characters += len(step)
-        end = _token_end(ids, text, characters, tokenizer, canonical_prefix)
+        end = _token_end(ids, text, characters, tokenizer)
         if end < len(ids) and _text(ids[end:], tokenizer).strip() and end > (ends[-1] if ends else 0):
             ends.append(end)
     ends.append(len(ids))
@@ -167,8 +165,8 @@ def _given(steps: Sequence[str], text: str) -> list[str]:
     return list(steps)
 
 
-def _token_end(ids: list[int], text: str, characters: int, tokenizer: Any, canonical: bool) -> int:
-    """Fewest tokens that spell `text[:characters]` and end neither within a character nor where it is unstable."""
+def _token_end(ids: list[int], text: str, characters: int, tokenizer: Any) -> int:
+    """Fewest tokens that spell `text[:characters]` and do not end within a character."""
     low, high = 0, len(ids)
     while low < high:
         middle = (low + high) // 2
@@ -176,18 +174,10 @@ def _token_end(ids: list[int], text: str, characters: int, tokenizer: Any, canon
             low = middle + 1
         else:
             high = middle
-    for end in range(low, len(ids)):
-        prefix = _text(ids[:end], tokenizer)
-        if len(prefix) < characters or not text.startswith(prefix):
-            continue
-        if not canonical or _ids(prefix, tokenizer) == ids[:end]:
-            return end
-    return len(ids)
+    spelled = (_text(ids[:end], tokenizer) for end in range(low, len(ids)))
+    whole = (len(prefix) >= characters and text.startswith(prefix) for prefix in spelled)
+    return next((end for end, found in enumerate(whole, start=low) if found), len(ids))
 
 
 def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -143,7 +143,7 @@ def test_no_step_ends_within_a_character():
     ids = ids_of("a🙂\nb")
     assert len(ids) == 7
     assert token_steps(ids, TOKENIZER, split_lines).texts == ["a🙂\n", "b"]
-    assert token_steps(ids, TOKENIZER, ["a🙂", "\nb"]).texts == ["a🙂", "\nb"]
+    assert token_steps(ids, TOKENIZER, ["a🙂", "\nb"]) == TokenSteps([5, 7], ["a🙂", "\nb"])
 
 
 def test_ids_that_no_tokenizer_would_give_are_kept():

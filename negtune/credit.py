@@ -130,7 +130,14 @@ class Pit:
     reason: PitReason
 
 
-def first_pit(tallies: Sequence[Tally], outcome: bool | None, rule: PitRule = "all_fail", *, k: int = 1) -> Pit:
+def first_pit(
+    tallies: Sequence[Tally],
+    outcome: bool | None,
+    rule: PitRule = "all_fail",
+    *,
+    k: int = 1,
+    threshold: float = 0.0,
+) -> Pit:
     """The step that ruined a wrong solution.
 
     Args:
@@ -143,6 +150,7 @@ def first_pit(tallies: Sequence[Tally], outcome: bool | None, rule: PitRule = "a
             argmin: first step with the lowest value (the paper's first pit).
             largest_drop: first step with the lowest advantage.
         k: values are those under best-of-k, for argmin and largest_drop.
+        threshold: a state with at most this value counts as one from which every rollout fails: some end well by luck.
 
     Ties go to the earlier step.
     """
@@ -153,34 +161,35 @@ def first_pit(tallies: Sequence[Tally], outcome: bool | None, rule: PitRule = "a
     start = tallies[0].value if tallies else None
     if start is None:
         return Pit(None, "unknown")
-    if start in (0, 1):
-        return Pit(None, "always solved" if start else "never solved")
-    return Pit(_PIT_RULES[rule](state_values(tallies, outcome, k=k)), "found")
+    if start == 1:
+        return Pit(None, "always solved")
+    if start <= threshold:
+        return Pit(None, "never solved")
+    values = state_values(tallies, outcome, k=1 if rule in ("all_fail", "two_consecutive") else k)
+    return Pit(_PIT_RULES[rule](values, threshold), "found")
 
 
-def _all_fail(values: Sequence[Value]) -> int:
-    return next(i for i, value in enumerate(values) if i and value == 0)
+def _all_fail(values: Sequence[Value], threshold: float) -> int:
+    return next(i for i, value in enumerate(values) if i and value is not None and value <= threshold)
 
 
-def _two_consecutive(values: Sequence[Value]) -> int:
-    known = [i for i, value in enumerate(values) if i and value is not None]
-    for i, after in zip(known, [*known[1:], None], strict=True):
-        if values[i] == 0 and (after is None or values[after] == 0):
-            return i
-    raise AssertionError("the last state of a wrong solution has the value 0")
+def _two_consecutive(values: Sequence[Value], threshold: float) -> int:
+    known = [(i, value <= threshold) for i, value in enumerate(values) if i and value is not None]
+    followed = pairwise([*known, (len(values), True)])
+    return next(i for (i, fails), (_, next_fails) in followed if fails and next_fails)
 
 
-def _argmin(values: Sequence[Value]) -> int:
+def _argmin(values: Sequence[Value], threshold: float) -> int:
     return min((value, i) for i, value in enumerate(values) if i and value is not None)[1]
 
 
-def _largest_drop(values: Sequence[Value]) -> int:
+def _largest_drop(values: Sequence[Value], threshold: float) -> int:
     known = [(i, value) for i, value in enumerate(values) if value is not None]
     drops = [(after - before, i) for (_, before), (i, after) in pairwise(known)]
     return min(drops)[1]
 
 
-_PIT_RULES: dict[str, Callable[[Sequence[Value]], int]] = {
+_PIT_RULES: dict[str, Callable[[Sequence[Value], float], int]] = {
     "all_fail": _all_fail,
     "two_consecutive": _two_consecutive,
     "argmin": _argmin,

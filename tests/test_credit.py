@@ -120,6 +120,14 @@ def test_first_pits(correct, rule, step):
     assert first_pit(of(*correct), False, rule) == Pit(step, "found")
 
 
+def test_a_lucky_rollout_behind_the_pit_does_not_hide_it():
+    states = of(6, 4, 1, 1, n=8)
+    assert first_pit(states, False).step == 4
+    assert first_pit(states, False, threshold=0.125).step == 2
+    assert first_pit(states, False, "two_consecutive", threshold=0.125).step == 2
+    assert first_pit(of(1, 1, n=8), False, threshold=0.125).reason == "never solved"
+
+
 def test_best_of_k_forgives_a_step_that_a_few_tries_repair():
     states = of(6, 2, 1, n=8)
     assert first_pit(states, False, "largest_drop").step == 1

@@ -122,7 +122,7 @@ class TokenSteps:
         return [i for i, (a, b) in enumerate(pairwise([0, *self.ends])) for _ in range(a, b)]
 
 
-def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitter | Sequence[str]) -> TokenSteps:
+def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitter | list[str]) -> TokenSteps:
     """Steps of a completion that a model drew, or that a row was tokenised to.
 
     A step ends with the first token at whose end its text is whole, so that ids of a prefix and of what follows are
@@ -139,7 +139,7 @@ def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitte
     """
     ids = list(completion_ids)
     text = _text(ids, tokenizer)
-    steps = split_steps(text, splitter) if callable(splitter) else _given(list(splitter), text)
+    steps = _given(splitter, text) if isinstance(splitter, list) else split_steps(text, splitter)
     if not steps:
         return TokenSteps([len(ids)], [text]) if ids else TokenSteps([], [])
     ends: list[int] = []

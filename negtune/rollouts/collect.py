@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -62,7 +61,7 @@ def generate(
     done, drawn = len(mine) - len(missing), 0
     for some in in_parts(missing, part):
         rollouts = sampler.draw([request for request, _ in some], params)
-        store.append([_record(rollout, row) for rollout, (_, row) in zip(rollouts, some, strict=True)])
+        store.append([rollout_record(rollout, row) for rollout, (_, row) in zip(rollouts, some, strict=True)])
         done, drawn = done + len(some), drawn + len(some)
         if progress is not None:
             progress(done, len(mine), sum(len(r.completion_ids) for r in rollouts))
@@ -107,16 +106,24 @@ def verify(
     seen: list[Verdict] = []
     for some in in_parts(islice(rollouts, process_index, None, processes), part):
         new = [record for record in some if f"{record['key']}:{name}" not in verdicts]
-        fit = [record for record in new if record["finish_reason"] == "stop"]
-        found = _verify(verifier, fit, as_chat)
+        records, found = score(new, verifier, name=name, as_chat=as_chat)
         seen = [*seen, *found][-RECENT:]
-        by_key = dict(zip((record["key"] for record in fit), found, strict=True))
-        verdicts.append([_verdict_record(record, name, by_key.get(record["key"])) for record in new])
+        verdicts.append(records)
         done, scored = done + len(some), scored + len(new)
         if progress is not None:
             progress(done, total, 0)
         stop_if_unscored(seen, max_unscored)
     return scored
+
+
+def score(
+    rollouts: Sequence[Mapping[str, Any]], verifier: Verifier, *, name: str, as_chat: bool = False
+) -> tuple[list[dict[str, Any]], list[Verdict]]:
+    """One verdict record per rollout record, and the verdicts that the verifier gave: cut ones it never sees."""
+    fit = [record for record in rollouts if record["finish_reason"] == "stop"]
+    found = _verify(verifier, fit, as_chat)
+    by_key = dict(zip((record["key"] for record in fit), found, strict=True))
+    return [_verdict_record(record, name, by_key.get(record["key"])) for record in rollouts], found
 
 
 def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: bool) -> list[Verdict]:
@@ -136,8 +143,9 @@ def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: b
         raise
 
 
-def _record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**asdict(rollout), "columns": _columns(row), "final": rollout.finish_reason != "error"}
+def rollout_record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a store keeps: the rollout, the other columns of its row, and whether it need not be drawn again."""
+    return {**vars(rollout), "columns": _columns(row), "final": rollout.finish_reason != "error"}
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +174,7 @@ def _verdict_record(rollout: Mapping[str, Any], name: str, verdict: Verdict | No
         verdict = Verdict("unscored", reason="cut at its length" if cut else rollout.get("error", ""))
     final = cut or verdict.outcome != "unscored"
     key = f"{rollout['key']}:{name}"
-    return {"key": key, "rollout": rollout["key"], "verifier": name, **asdict(verdict), "final": final}
+    return {"key": key, "rollout": rollout["key"], "verifier": name, **vars(verdict), "final": final}
 
 
 def launched_processes() -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from negtune.data.completions import prompt_token_ids
@@ -87,7 +87,7 @@ class Request:
 
     def key(self, params: SamplingParams, policy: str) -> str:
         """Names the rollout of this request under these settings and this policy; equal on every machine."""
-        return f"{_digest([self.prompt, self.prefix, self.number, asdict(params), policy]):016x}"
+        return f"{_digest([self.prompt, self.prefix, self.number, vars(params), policy]):016x}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,265 @@
+"""Where a solution went wrong, found by letting the model go on from its prefixes.
+
+State i of a solution is its prompt and its first i steps (`credit`, `states`). Four ways to look for the first pit,
+from the most rollouts to the fewest:
+
+all       the same number from every state: values and advantages of all steps besides
+adaptive  from every state until the interval of its value is narrow enough: values too, most where they are uncertain
+scan      state after state from the front until one is dead
+binary    bisection between the prompt, which is alive, and the wrong end, which is dead: about log2(steps) states
+
+The last two stop at a state as soon as it is known to be alive or dead, which makes counts, but no unbiased values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from negtune.credit import Pit, PitRule, Tally, first_pit, state_values, step_advantages
+from negtune.metrics.verification import wilson
+from negtune.rollouts.collect import Progress, in_parts
+from negtune.rollouts.sampler import share_of
+from negtune.rollouts.states import Solution, StateRollouts
+from negtune.rollouts.store import RecordStore
+
+Strategy = Literal["all", "adaptive", "scan", "binary"]
+Steps = Generator[dict[int, int], dict[int, Tally], None]
+"""A search: asks for so many rollouts in all from each of these states, is sent their tallies, and so on."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the states of a solution are explored.
+
+    Args:
+        strategy: see the module.
+        num_rollouts: from one state, at most; from the bare prompt and under `all`, exactly.
+        batch: rollouts added to a state at a time by the other strategies.
+        width: adaptive: of the interval at which a value is known well enough.
+        confidence: of the intervals (Wilson).
+        threshold: a state with at most this value is dead.
+        rule: which step is the pit, under `all` and `adaptive`; the others look for the first dead state.
+        best_of: values are those under best-of-k (unbiased) for the rules `argmin` and `largest_drop`, and for the
+            advantages; the paper's 5. At most `num_rollouts`.
+    """
+
+    strategy: Strategy = "all"
+    num_rollouts: int = 8
+    batch: int = 4
+    width: float = 0.3
+    confidence: float = 0.95
+    threshold: float = 0.0
+    rule: PitRule = "all_fail"
+    best_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.strategy not in _STRATEGIES:
+            raise ValueError(f"strategy must be {', '.join(_STRATEGIES)}, got {self.strategy!r}")
+        if self.num_rollouts < 1 or self.batch < 1:
+            raise ValueError(
+                f"need at least 1 rollout from a state, and 1 at a time, got num_rollouts={self.num_rollouts}, "
+                f"batch={self.batch}"
+            )
+        if not 1 <= self.best_of <= self.num_rollouts:
+            raise ValueError(f"best_of={self.best_of} needs as many rollouts, num_rollouts is {self.num_rollouts}")
+        if not 0 < self.confidence < 1 or not 0 < self.width <= 1 or not 0 <= self.threshold < 1:
+            raise ValueError(
+                f"need 0 < confidence < 1, 0 < width <= 1 and 0 <= threshold < 1, got confidence={self.confidence}, "
+                f"width={self.width}, threshold={self.threshold}"
+            )
+        if self.rule != "all_fail" and not self.gives_values:
+            raise ValueError(f"rule={self.rule} needs the values of all states; use strategy all or adaptive")
+
+    @property
+    def gives_values(self) -> bool:
+        """Whether counts are those of values, and not stopped at what settles dead or alive."""
+        return self.strategy in ("all", "adaptive")
+
+
+def locate(
+    store: RecordStore,
+    found: Iterable[Solution],
+    rollouts: StateRollouts,
+    search: Search,
+    *,
+    part: int = 64,
+    process_index: int = 0,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Counter[str]:
+    """Search every solution that `store` does not have; one record each. Returns how many ended for which reason.
+
+    Args:
+        store: gets `judgement` records; see there.
+        found: solutions.
+        rollouts: where rollouts come from.
+        search: how.
+        part: solutions that are searched side by side, and written together.
+        process_index, processes: this process takes its share.
+        progress: told after every part: solutions done, of how many, and tokens drawn.
+    """
+    mine = share_of(list(found), process_index, processes)
+    missing = [solution for solution in mine if _key(solution, search) not in store]
+    keys = {_key(solution, search) for solution in mine}
+    reasons: Counter[str] = Counter(record["reason"] for record in store if record["key"] in keys)
+    done = len(mine) - len(missing)
+    for some in in_parts(missing, part):
+        before = rollouts.drawn_tokens
+        tallies = _explore(some, rollouts, search)
+        records = [judgement(s, t, search, rollouts) for s, t in zip(some, tallies, strict=True)]
+        store.append(records)
+        reasons.update(record["reason"] for record in records)
+        done += len(some)
+        if progress is not None:
+            progress(done, len(mine), rollouts.drawn_tokens - before)
+    return reasons
+
+
+def judgement(
+    solution: Solution, tallies: Mapping[int, Tally], search: Search, rollouts: StateRollouts | None = None
+) -> dict[str, Any]:
+    """What is known of a solution's steps, as a record.
+
+    Returns:
+        the solution's `rollout`, `prompt`, `prompt_ids`, `completion_ids`, `logps`, `columns`, `outcome`; `step_ends`
+        and `steps` (texts); per state 0..L-1 `tallies` (correct, wrong, unknown); per state 0..L `values` and per step
+        `step_advantages`, None where unknown and everywhere under strategies that give no values; `pit` (step from 1,
+        or None), `reason`; `num_rollouts` and `tokens` that were looked at for it (shared ones count for each that used
+        them); `search`.
+    """
+    states = [tallies.get(i, Tally(0, 0)) for i in range(max(1, len(solution.steps)))]
+    pit = _pit(solution, states, search)
+    values = state_values(states, solution.outcome, k=search.best_of) if search.gives_values else None
+    used = [(i, t.scored + t.unknown) for i, t in sorted(tallies.items())]
+    return {
+        "key": _key(solution, search),
+        "rollout": solution.key,
+        "prompt": solution.prompt,
+        "prompt_ids": solution.prompt_ids,
+        "completion_ids": solution.completion_ids,
+        "logps": solution.logps,
+        "temperature": solution.temperature,
+        "truncated": solution.truncated,
+        "columns": dict(solution.columns),
+        "outcome": solution.outcome,
+        "step_ends": solution.steps.ends,
+        "steps": solution.steps.texts,
+        "tallies": [[t.correct, t.wrong, t.unknown] for t in states],
+        "values": None if values is None else [None if v is None else float(v) for v in values],
+        "step_advantages": None
+        if values is None
+        else [None if a is None else float(a) for a in step_advantages(values)],
+        "pit": pit.step,
+        "reason": pit.reason,
+        "num_rollouts": sum(n for _, n in used),
+        "tokens": 0 if rollouts is None else sum(rollouts.tokens(solution.state(i), n) for i, n in used),
+        "search": asdict(search),
+    }
+
+
+def _key(solution: Solution, search: Search) -> str:
+    settings = ",".join(f"{name}={value}" for name, value in sorted(asdict(search).items()))
+    return f"{solution.key}:{settings}"
+
+
+def _pit(solution: Solution, states: Sequence[Tally], search: Search) -> Pit:
+    return first_pit(states, solution.outcome, search.rule, k=search.best_of, threshold=search.threshold)
+
+
+# --- Searches: side by side, one question after the other -------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    solution: Solution
+    search: Steps
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    wanted: dict[int, int] = field(default_factory=dict)
+
+
+def _explore(found: Sequence[Solution], rollouts: StateRollouts, search: Search) -> list[dict[int, Tally]]:
+    """Tallies of the states that each search wanted to see; all searches ask together, so that batches are full."""
+    runs = [_Running(s, _STRATEGIES[search.strategy](s, search)) for s in found]
+    for run in runs:
+        run.wanted = next(run.search, {})
+    while asking := [run for run in runs if run.wanted]:
+        questions = [(run.solution.state(i), n) for run in asking for i, n in run.wanted.items()]
+        answers = iter(rollouts.tallies(questions))
+        for run in asking:
+            run.tallies |= {i: next(answers) for i in run.wanted}
+            try:
+                run.wanted = run.search.send(dict(run.tallies))
+            except StopIteration:
+                run.wanted = {}
+    return [run.tallies for run in runs]
+
+
+def _all(solution: Solution, search: Search) -> Steps:
+    if len(solution.steps):
+        yield dict.fromkeys(range(len(solution.steps)), search.num_rollouts)
+
+
+def _adaptive(solution: Solution, search: Search) -> Steps:
+    n = min(max(search.batch, search.best_of), search.num_rollouts)
+    wanted = {i: search.num_rollouts if i == 0 else n for i in range(len(solution.steps))}
+    while wanted:
+        tallies = yield wanted
+        more = {
+            i: min(n + search.batch, search.num_rollouts)
+            for i, n in ((i, _total(t)) for i, t in tallies.items())
+            if n < search.num_rollouts and not _narrow(tallies[i], search)
+        }
+        wanted = more
+
+
+def _scan(solution: Solution, search: Search) -> Steps:
+    for i in range(len(solution.steps)):
+        if (yield from _alive(i, search)) is False:
+            return
+
+
+def _binary(solution: Solution, search: Search) -> Steps:
+    if solution.outcome is not False or not len(solution.steps) or not (yield from _alive(0, search)):
+        return
+    unknown: set[int] = set()
+    low, high = 0, len(solution.steps)
+    while candidates := [i for i in range(low + 1, high) if i not in unknown]:
+        middle = min(candidates, key=lambda i: abs(2 * i - low - high))
+        alive = yield from _alive(middle, search)
+        if alive is None:
+            unknown.add(middle)
+        elif alive:
+            low = middle
+        else:
+            high = middle
+
+
+def _alive(i: int, search: Search) -> Generator[dict[int, int], dict[int, Tally], bool | None]:
+    """Whether state `i` is alive, from as few rollouts as settle it; None if none could be scored.
+
+    The bare prompt gets all its rollouts: whether *every* one is correct is a question too.
+    """
+    n = search.num_rollouts if i == 0 else min(search.batch, search.num_rollouts)
+    while True:
+        tally = (yield {i: n})[i]
+        rate = wilson(tally.correct, tally.scored, confidence=search.confidence)
+        if tally.correct and rate.low > search.threshold:
+            return True
+        if n >= search.num_rollouts or (tally.scored and rate.high <= search.threshold):
+            return None if tally.value is None else tally.value > search.threshold
+        n = min(n + search.batch, search.num_rollouts)
+
+
+def _narrow(tally: Tally, search: Search) -> bool:
+    rate = wilson(tally.correct, tally.scored, confidence=search.confidence)
+    return rate.high - rate.low <= search.width
+
+
+def _total(tally: Tally) -> int:
+    return tally.scored + tally.unknown
+
+
+_STRATEGIES = {"all": _all, "adaptive": _adaptive, "scan": _scan, "binary": _binary}

@@ -15,7 +15,8 @@ from negtune.data.mapping import Overlong, convert_rows, room, tokenizer_digest
 logger = logging.getLogger(__name__)
 
 PAIR = ("chosen", "rejected")
-_FORMAT = 1  # of the tokenised rows: caches of another one are not read
+STEPS = ("chosen_step", "rejected_step")
+_FORMAT = 2  # of the tokenised rows: caches of another one are not read
 
 
 def tokenize_pairs(
@@ -32,7 +33,9 @@ def tokenize_pairs(
     Args:
         data: `datasets.Dataset`, `datasets.IterableDataset`, or an iterable of rows (held in memory) with `prompt`,
             `chosen` and `rejected`, text or chat messages; without `prompt`, what both answers begin with is the prompt
-            (TRL's implicit prompt).
+            (TRL's implicit prompt). Or tokenised rows with `prompt_ids`, `chosen_ids`, `rejected_ids`, taken as they
+            are: an answer without EOS stays unfinished; `chosen_step` and `rejected_step`, [start, end) in each
+            answer, name the step that a per-step objective is about.
         tokenizer: see `tokenize_row`.
         max_length: prompt plus the longer answer.
         overlong: what to do where that is exceeded: cut the answers, drop the pair, or refuse. Counted and logged,
@@ -41,7 +44,8 @@ def tokenize_pairs(
         in_memory: keep the tokenised rows out of the Arrow cache on disk (private data).
 
     Returns:
-        The same kind of data set with `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`. Pairs whose answers have the
+        The same kind of data set with `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`, and the steps if rows have
+        them. Pairs whose answers have the
         same tokens, also after cutting, are left out and counted: they say nothing.
 
     Raises:
@@ -76,9 +80,15 @@ def collate_pairs(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict
     """One batch of `2 B` rows: the chosen answers, then the rejected ones, for a single forward pass.
 
     Returns:
-        `collate`'s tensors, and `rows` `[B]` (row numbers in the data set).
+        `collate`'s tensors; `rows` `[B]` (row numbers in the data set); `step_mask` `[2 B, T]`, True on the step that
+        each answer is about, if every row says which it is.
     """
     batch = collate([answer(item, side) for side in PAIR for item in items], pad_token_id)
+    spans = [item.get(f"{side}_step") for side in PAIR for item in items]
+    if all(span is not None for span in spans):
+        places = torch.arange(int(batch["completion_lengths"].max()))
+        bounds = torch.tensor(spans)
+        batch["step_mask"] = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
     return {**batch, "rows": torch.tensor([item.get("row", -1) for item in items])}
 
 
@@ -88,15 +98,10 @@ def answer(row: Mapping[str, Any], side: str) -> dict[str, Any]:
 
 
 def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, overlong: Overlong) -> dict[str, Any]:
-    row, pair = _explicit(row), {}
-    for side in PAIR:
-        try:
-            pair[side] = tokenize_row({"prompt": row["prompt"], "completion": row[side]}, tokenizer)
-        except RowError as error:
-            raise RowError(f"{side}: {error}") from None
-    prompt_ids = pair["chosen"]["prompt_ids"]
-    space = room(pair["chosen"], max_length)
-    answers = {side: pair[side]["completion_ids"] for side in PAIR}
+    ids = _tokenised(row) if row.get("prompt_ids") is not None else _tokenise(_explicit(row), tokenizer)
+    prompt_ids = ids["prompt_ids"]
+    space = room(ids, max_length)
+    answers = {side: ids[f"{side}_ids"] for side in PAIR}
     too_long = max(map(len, answers.values())) > space
     if too_long and overlong == "error":
         length = len(prompt_ids) + max(map(len, answers.values()))
@@ -104,7 +109,39 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
     dropped = too_long and (overlong == "drop" or space <= 0)
     cut = {f"{side}_ids": ids if dropped else ids[:space] for side, ids in answers.items()}
     tied = not dropped and cut["chosen_ids"] == cut["rejected_ids"]
-    return {"prompt_ids": prompt_ids, **cut, "dropped": dropped, "truncated": too_long and not dropped, "tied": tied}
+    steps = {name: ids[name] for name in STEPS if name in ids}
+    if not dropped and any(end > len(cut[name.replace("_step", "_ids")]) for name, (_, end) in steps.items()):
+        raise RowError(f"a step does not fit max_length={max_length}; raise it, or set overlong to drop")
+    flags = {"dropped": dropped, "truncated": too_long and not dropped, "tied": tied}
+    return {"prompt_ids": prompt_ids, **cut, **steps, **flags}
+
+
+def _tokenise(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    pair = {}
+    for side in PAIR:
+        try:
+            pair[side] = tokenize_row({"prompt": row["prompt"], "completion": row[side]}, tokenizer)
+        except RowError as error:
+            raise RowError(f"{side}: {error}") from None
+    answers = {f"{side}_ids": pair[side]["completion_ids"] for side in PAIR}
+    return {"prompt_ids": pair["chosen"]["prompt_ids"], **answers}
+
+
+def _tokenised(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Ids, and the steps in them, of a row that has been tokenised before."""
+    ids = {name: [int(i) for i in row.get(name) or ()] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    for name, values in ids.items():
+        if not values:
+            raise RowError(f"{name} is empty; a tokenised pair needs prompt_ids, chosen_ids and rejected_ids")
+    given = [name for name in STEPS if row.get(name) is not None]
+    if len(given) == 1:
+        raise RowError(f"the row has {given[0]} alone; give the step of both answers, or of none")
+    for name in given:
+        span, length = list(row[name]), len(ids[name.replace("_step", "_ids")])
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= length:
+            raise RowError(f"{name} must be [start, end) within the {length} tokens of its answer, got {span}")
+        ids[name] = span
+    return ids
 
 
 def _explicit(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,15 +132,20 @@ def run(
     return model(**kwargs, score=score, at=at)
 
 
-def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
+def completion_logps(
+    model: nn.Module, batch: Mapping[str, Tensor], *, temperature: float = 1.0
+) -> Float[Tensor, "B T"]:
     """Log-probability of each completion token, 0 behind the mask; float32 or wider.
 
-    Differentiable. `model` must have been given `attach_scoring`.
+    Differentiable. `model` must have been given `attach_scoring`. Logits are divided by `temperature`.
     """
     tokens = scored_tokens(batch)
 
+    def values(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> Tensor:
+        return token_logps(logits if temperature == 1 else at_least_float32(logits) / temperature, targets)
+
     def score(hidden: Tensor, head: LogitsHead, layers: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        return {"logps": scatter_tokens(tiled_token_values(token_logps, hidden, tokens.targets, head), tokens.mask)}
+        return {"logps": scatter_tokens(tiled_token_values(values, hidden, tokens.targets, head), tokens.mask)}
 
     return run(model, batch, tokens, score)["logps"]
 

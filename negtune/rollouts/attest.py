@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from negtune.data.completions import collate, padding_id
-from negtune.models.forward import attach_scoring, run, scored_tokens
+from negtune.models.forward import attach_scoring, completion_logps, scored_tokens
 from negtune.models.policy import is_peft
 from negtune.models.reference import weights_hash
 from negtune.models.structure import causal_lm, eval_mode, unwrapped
-from negtune.ops import scatter_tokens, tiled_token_values, token_logps
 from negtune.rollouts.sampler import Prompt, Rollout, Sampler, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -139,23 +138,16 @@ def _why(
     )
 
 
+@torch.no_grad()
 def policy_logps(model: nn.Module, tokenizer: Any, rollouts: Sequence[Rollout], temperature: float) -> Tensor:
     """Log-probability of each drawn token under `model` at `temperature` (0 counts as 1), all rollouts joined."""
     attach_scoring(model)
     device = next(model.parameters()).device
     rows = [{"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids} for r in rollouts]
     batch = {name: tensor.to(device) for name, tensor in collate(rows, padding_id(tokenizer)).items()}
-    tokens = scored_tokens(batch)
-
-    def at_temperature(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> Tensor:
-        return token_logps(logits / (temperature or 1.0), targets)
-
-    def score(hidden: Tensor, head: Any, layers: Any) -> dict[str, Tensor]:
-        values = tiled_token_values(at_temperature, hidden, tokens.targets, head)
-        return {"logps": scatter_tokens(values, tokens.mask)}
-
-    with torch.no_grad(), eval_mode(model):
-        return run(model, batch, tokens, score)["logps"][tokens.mask].double().cpu()
+    with eval_mode(model):
+        logps = completion_logps(model, batch, temperature=temperature or 1.0)
+    return logps[scored_tokens(batch).mask].double().cpu()
 
 
 def computes_in_half(sampler: Sampler, model: nn.Module) -> bool:

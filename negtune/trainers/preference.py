@@ -157,6 +157,11 @@ class PreferenceTrainer(BaseTrainer):
         )
         train = self._tokenize(train_dataset, name="train")
         evaluated = self._tokenized_for_evaluation(eval_dataset)
+        if needs.step and "chosen_step" not in (getattr(train, "column_names", None) or ("chosen_step",)):
+            raise ValueError(
+                f"{args.loss_type} needs tokenised rows with chosen_step and rejected_step, which say where the two "
+                "answers part (negtune steps pairs writes them); use dpo for whole answers"
+            )
         arrived_with_adapter = arrives_with_adapter(model)
         if args.tokens_per_batch is not None and not hasattr(train, "__len__"):
             raise ValueError("tokens_per_batch needs the rows beforehand; a stream needs per_device_train_batch_size")
@@ -204,7 +209,7 @@ class PreferenceTrainer(BaseTrainer):
             return data
         if isinstance(data, Mapping):
             return {name: self._tokenized_for_evaluation(rows) for name, rows in data.items()}
-        if "prompt_ids" in (getattr(data, "column_names", None) or ()):
+        if {"prompt_ids", "tied"} <= set(getattr(data, "column_names", None) or ()):
             return data
         return self._tokenize(data, name="eval")
 
@@ -257,8 +262,9 @@ class PreferenceTrainer(BaseTrainer):
                 ref_logps = self.reference.logps(model, inputs)
         logps, mask, pairs = completion_logps(model, inputs), scored_tokens(inputs).mask, len(inputs["rows"])
         sides = {"chosen": slice(0, pairs), "rejected": slice(pairs, 2 * pairs)}
+        step = inputs.get("step_mask")
         return {
-            side: SequenceLogps(logps[rows], mask[rows], None if ref_logps is None else ref_logps[rows])
+            side: SequenceLogps(logps[rows], mask[rows], *(None if x is None else x[rows] for x in (ref_logps, step)))
             for side, rows in sides.items()
         }
 

@@ -94,3 +94,39 @@ def test_a_bad_side_is_named():
         tokenize([{**PAIR, "rejected": [{"role": "assistant", "content": "Rome"}]}])
     with pytest.raises(RowError, match="chosen or rejected is empty"):
         tokenize([{"chosen": "", "rejected": "Rome"}])
+
+
+IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 1], "rejected_ids": [10, 11]}
+STEPS = {"chosen_step": [0, 2], "rejected_step": [0, 2]}
+
+
+def test_tokenised_pairs_are_taken_as_they_are_and_get_no_eos():
+    row = tokenize([{**IDS, **STEPS}])[0]
+    assert {name: row[name] for name in (*IDS, *STEPS)} == {**IDS, **STEPS}
+    assert tiny_tokenizer().eos_token_id not in row["rejected_ids"]
+
+
+def test_a_batch_says_which_step_it_is_about_if_every_row_does():
+    items = [{**IDS, **STEPS}, {**IDS, "chosen_step": [1, 2], "rejected_step": [0, 1]}]
+    mask = collate_pairs(items, 0)["step_mask"]
+    assert mask.int().tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]]
+    assert "step_mask" not in collate_pairs([items[0], IDS], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rejected_ids": []}, "rejected_ids is empty"),
+        ({"rejected_step": None}, "the row has chosen_step alone"),
+        ({"rejected_step": [0, 3]}, r"rejected_step must be \[start, end\) within the 2 tokens"),
+        ({"chosen_step": [2, 2]}, "chosen_step must be"),
+    ],
+)
+def test_broken_tokenised_pairs_are_named(change, words):
+    with pytest.raises(RowError, match=f"preference row 1: {words}"):
+        tokenize([IDS, {**IDS, **STEPS, **change}])
+
+
+def test_a_step_must_fit():
+    with pytest.raises(RowError, match="a step does not fit max_length=4"):
+        tokenize([{**IDS, **STEPS}], max_length=4)

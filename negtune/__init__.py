@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from negtune.rollouts.server import VLLMServerSampler as VLLMServerSampler
     from negtune.rollouts.store import RecordStore as RecordStore
     from negtune.rollouts.vllm import VLLMSampler as VLLMSampler
+    from negtune.trainers.advantage import AdvantageConfig as AdvantageConfig
+    from negtune.trainers.advantage import AdvantageTrainer as AdvantageTrainer
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
     from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdvantageConfig": "negtune.trainers.advantage",
+    "AdvantageTrainer": "negtune.trainers.advantage",
     "CodeVerifier": "negtune.verifiers.code",
     "ExactVerifier": "negtune.verifiers.exact",
     "HFSampler": "negtune.rollouts.hf",
@@ -49,6 +53,8 @@ _HOMES = {
     "attest": "negtune.rollouts.attest",
 }
 __all__ = [
+    "AdvantageConfig",
+    "AdvantageTrainer",
     "CodeVerifier",
     "ExactVerifier",
     "HFSampler",

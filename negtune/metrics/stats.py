@@ -46,3 +46,22 @@ def mean_interval(values: Numbers, *, confidence: float = 0.95) -> tuple[float, 
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     half = student_t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
     return float(values.mean()), float(half)
+
+
+def bootstrap_interval(
+    values: Numbers, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent units (prompts, runs): low and high.
+
+    Args:
+        values: one number per unit, at least two.
+        confidence: of the interval.
+        resamples: draws with replacement.
+        seed: of the draws; the same numbers give the same interval.
+    """
+    values = np.asarray(values, float)
+    if values.size < 2:
+        raise ValueError(f"an interval needs at least 2 units, got {values.size}")
+    draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
+    low, high = np.quantile(values[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

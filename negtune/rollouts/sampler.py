@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from negtune.data.completions import prompt_token_ids
 
@@ -143,6 +143,7 @@ DEFAULT_PARAMS = SamplingParams()
 AGAIN = 1_000_000
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws completions from one policy. An engine implements `draw` and `update`.
 

@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Outcome = Literal["correct", "wrong", "unscored"]
 Completion = str | Sequence[Mapping[str, Any]]
@@ -45,6 +45,7 @@ class Verdict:
             raise ValueError("the score is NaN; make the completion unscored instead")
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """Anything that gives one verdict per completion; columns of the data set come as lists of the same length."""
 
@@ -122,6 +123,46 @@ class FromRewardFunction:
             return Verdict("unscored", reason=f"the reward function returned {value}", seconds=seconds)
         outcome: Outcome = "correct" if value >= self.threshold else "wrong"
         return Verdict(outcome, float(value), f"reward {value:g}", seconds)
+
+
+def reward_verifier(reward_funcs: Any, weights: Sequence[float] | None = None) -> Verifier:
+    """Reward functions with TRL's signature as one verifier: their weighted sum, unscored where any of them is None.
+
+    Args:
+        reward_funcs: one, or several.
+        weights: one each; 1 by default. A function of weight 0 is called and logged by whoever wants to, but does not
+            count, and cannot make a completion unscored.
+    """
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    if len(weights) != len(functions):
+        raise ValueError(
+            f"reward_weights needs one weight per reward function, got {len(weights)} for {len(functions)}"
+        )
+    if len(functions) == 1 and weights == [1.0]:
+        return FromRewardFunction(functions[0], one_by_one=False)
+    return _WeightedSum([FromRewardFunction(f, one_by_one=False) for f in functions], weights)
+
+
+@dataclass(frozen=True)
+class _WeightedSum:
+    verifiers: list[FromRewardFunction]
+    weights: list[float]
+    threshold: float = 0.5
+
+    def verify(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[Verdict]:
+        found = [verifier.verify(prompts, completions, **columns) for verifier in self.verifiers]
+        return [self._sum(verdicts) for verdicts in zip(*found, strict=True)]
+
+    def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
+        total = 0.0
+        for verdict, weight in zip(verdicts, self.weights, strict=True):
+            if weight == 0:
+                continue
+            if verdict.score is None:
+                return verdict
+            total += weight * verdict.score
+        return Verdict("correct" if total >= self.threshold else "wrong", total, f"weighted sum {total:g}")
 
 
 def stop_if_unscored(verdicts: Sequence[Verdict], limit: float, *, at_least: int = 20) -> None:

@@ -1,0 +1,96 @@
+"""How often a policy solves problems: samples of held-out prompts, scored, with intervals over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from negtune.credit import Tally, best_of
+from negtune.metrics.stats import bootstrap_interval
+from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams
+from negtune.verifiers.verdict import Verdict, Verifier
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What was drawn and how it ended.
+
+    Args:
+        rollouts, verdicts: in order of the rows, `n` each; a cut completion is unscored, the verifier does not see it.
+        tallies: one per row.
+        metrics: `accuracy`, the mean over rows of the share of correct completions among the scored ones, cut
+            completions counted as not solved; `accuracy_low`, `accuracy_high`, its 95 % bootstrap interval over rows;
+            `pass@k` (unbiased, 1 - C(n-c, k)/C(n, k)); `reward`, `unscored` (by the verifier), `truncated`; `length`,
+            `tokens`.
+    """
+
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+    tallies: list[Tally]
+    metrics: dict[str, float]
+
+
+def solve(
+    sampler: Sampler,
+    verifier: Verifier,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    n: int = 1,
+    params: SamplingParams,
+    ks: Sequence[int] | None = None,
+) -> Solved:
+    """Draw `n` completions of every row and score them.
+
+    Args:
+        sampler, verifier: see there.
+        rows: `prompt`, and the columns that the verifier wants.
+        n: completions of each.
+        params: temperature 0 (and n = 1) for greedy accuracy.
+        ks: of pass@k; powers of two up to `n` by default.
+
+    In an evaluation a completion that never ends is a problem not solved: it counts as wrong here, and nowhere else.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("there is no row to solve")
+    rollouts = sampler.sample([row["prompt"] for row in rows], n, params)
+    owners = [row for row in rows for _ in range(n)]
+    verdicts = _verdicts(verifier, rollouts, owners)
+    tallies = []
+    for start in range(0, len(rollouts), n):
+        pairs = list(zip(rollouts[start : start + n], verdicts[start : start + n], strict=True))
+        correct = sum(v.outcome == "correct" for _, v in pairs)
+        wrong = sum(v.outcome == "wrong" or r.finish_reason == "length" for r, v in pairs)
+        tallies.append(Tally(correct, wrong, n - correct - wrong))
+    scores = [v.score for v in verdicts if v.score is not None]
+    values = [float(t.value) for t in tallies if t.value is not None]
+    lengths = [len(r.completion_ids) for r in rollouts]
+    cut = sum(r.finish_reason == "length" for r in rollouts)
+    metrics = {
+        "accuracy": _mean(values),
+        "reward": _mean(scores),
+        "unscored": (len(verdicts) - len(scores) - cut) / len(verdicts),
+        "truncated": cut / len(rollouts),
+        "length": _mean(lengths),
+        "tokens": float(sum(lengths)),
+    }
+    if len(values) > 1:
+        metrics["accuracy_low"], metrics["accuracy_high"] = bootstrap_interval(values)
+    for k in ks or [2**i for i in range(n.bit_length())]:
+        passed = [best_of(tally, k) for tally in tallies]
+        metrics[f"pass@{k}"] = _mean([float(p) for p in passed if p is not None])
+    return Solved(rollouts, verdicts, tallies, metrics)
+
+
+def _verdicts(verifier: Verifier, rollouts: Sequence[Rollout], owners: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    fit = [(r, row) for r, row in zip(rollouts, owners, strict=True) if r.finish_reason == "stop"]
+    names = dict.fromkeys(name for row in owners for name in row if name not in ("prompt", "prefix"))
+    columns = {name: [row.get(name) for _, row in fit] for name in names}
+    texts = [r.text if isinstance(r.prompt, str) else [{"role": "assistant", "content": r.text}] for r, _ in fit]
+    found = iter(verifier.verify([r.prompt for r, _ in fit], texts, **columns) if fit else [])
+    return [next(found) if r.finish_reason == "stop" else Verdict("unscored", reason="cut") for r in rollouts]
+
+
+def _mean(values: Sequence[float | int]) -> float:
+    return sum(values) / len(values) if values else float("nan")

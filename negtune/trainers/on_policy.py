@@ -1,0 +1,225 @@
+"""The on-policy half of a trainer: an engine that has the weights of this moment, rounds, and batches made of them.
+
+A round lies in the run's folder (`rounds/`) before it is trained on; a checkpoint carries the round it is in the middle
+of (`round.json`), so that a resumed run draws nothing twice and trains on the very rows it would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from negtune.data.prompts import ShuffledPrompts, StreamedPrompts
+from negtune.data.steps import SPLITTERS
+from negtune.eval.solving import solve
+from negtune.models.structure import unwrapped
+from negtune.records import read_json, write_json
+from negtune.rollouts.attest import attest, served_weights_hash
+from negtune.rollouts.sampler import Sampler
+from negtune.rollouts.store import RecordStore
+from negtune.trainers.progress import MetricSums
+from negtune.trainers.rounds import Round, Rounds, RoundState, StepCredit
+from negtune.verifiers.verdict import Verifier, reward_verifier
+
+ROUND_FILE = "round.json"
+FILLER = {
+    "prompt_ids": [0],
+    "completion_ids": [0],
+    "step_ends": [1],
+    "step_advantages": [None],
+    "behaviour_logps": [0.0],
+}
+"""Takes the place of a micro-batch where a round has fewer completions than there are: nothing of it is judged."""
+
+
+class OnPolicy:
+    """Sampler, scorer and rounds of one trainer.
+
+    Args:
+        trainer: whose model is sampled from, and whose arguments say how.
+        sampler: or a function that makes one from the trained model and its tokenizer.
+        scorer: of completions.
+        step_credit: of their steps, or None.
+
+    Raises:
+        StaleEngineError: the engine does not have the weights that are trained.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        sampler: Sampler | Callable[[Any, Any], Sampler],
+        scorer: Verifier,
+        step_credit: StepCredit | None,
+    ) -> None:
+        self._trainer, self.args, accelerator = trainer, trainer.args, trainer.accelerator
+        if isinstance(sampler, type) or not hasattr(sampler, "draw"):
+            sampler = sampler(unwrapped(trainer.model), trainer.processing_class)
+        self.sampler, self.scorer = sampler, scorer
+        self.state, self.round = RoundState(), None
+        args, rows = self.args, trainer.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        folder, index = Path(args.output_dir) / "rounds", accelerator.process_index
+        self.rounds = Rounds(
+            sampler=self.sampler,
+            verifier=scorer,
+            prompts=ShuffledPrompts(rows, seed) if hasattr(rows, "__len__") else StreamedPrompts(rows),
+            settings=args.round_settings(accelerator.num_processes),
+            params=args.sampling_params(),
+            rollouts=RecordStore(folder, process_index=index),
+            scores=RecordStore(folder, "scores", process_index=index),
+            splitter=SPLITTERS[args.step_split],
+            tokenizer=trainer.processing_class,
+            step_credit=step_credit,
+            process_index=index,
+            processes=accelerator.num_processes,
+        )
+        self.sync(attested=True)
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start from the first round, or in the round of a checkpoint. Raises ValueError if it has none."""
+        self.round, self.state = None, RoundState()
+        if checkpoint is None:
+            return
+        path = checkpoint / ROUND_FILE
+        if not path.exists():
+            raise ValueError(
+                f"{path} is missing: the checkpoint is none of a run with a sampler, or was not written to its end; "
+                "resume from an earlier one"
+            )
+        saved = read_json(path)
+        self.state = RoundState(**saved["state"])
+        if saved["rows"]:
+            self.round = Round(saved["rows"], {}, self.state)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write what a resumed run needs to know of the round into a checkpoint."""
+        inside = step % self.args.steps_per_round != 0
+        rows = self.round.rows if inside and self.round is not None else []
+        write_json(folder / ROUND_FILE, {"state": asdict(self.state), "rows": rows})
+
+    def sync(self, *, attested: bool) -> None:
+        """Hand the weights of this moment to the engine, under a name that other weights do not get."""
+        trainer, model = self._trainer, unwrapped(self._trainer.model)
+        self.sampler.update(model, f"step {trainer.state.global_step} {served_weights_hash(model)[:12]}")
+        if attested:
+            with trainer.accelerator.autocast():
+                attest(self.sampler, model, trainer.processing_class, temperature=self.args.temperature)
+
+    def next_round(self, sums: MetricSums) -> Round:
+        """Draw and score one."""
+        every = self.args.attest_every
+        self.sync(attested=every > 0 and self.state.number % every == 0)
+        with self._trainer.accelerator.autocast():
+            made = self.rounds.make(self.state)
+        self.state = made.state
+        for name, value in made.metrics.items():
+            if not math.isnan(value):
+                sums.add_ratio(name, value, 1)
+        return made
+
+    def step_rows(self, step: int, sums: MetricSums) -> list[list[dict[str, Any]]]:
+        """This process's micro-batches of optimiser step `step`; draws a round where one begins."""
+        args, accelerator = self.args, self._trainer.accelerator
+        number, place = divmod(step, args.steps_per_round)
+        if place == 0 or self.round is None:
+            self.round = self.next_round(sums)
+        steps = args.steps_per_round // args.reuse
+        rows = _shuffled_groups(self.round.rows, (args.seed * 1_000_003 + number) * 1_009 + place // steps)
+        of_step = _part(rows, place % steps, steps)
+        parts = args.gradient_accumulation_steps * accelerator.num_processes
+        first = accelerator.process_index
+        return [_part(of_step, i, parts) or [FILLER] for i in range(first, parts, accelerator.num_processes)]
+
+    def solved(self, rows: list[Mapping[str, Any]]) -> dict[str, float]:
+        """Metrics of `solve` with the weights of this moment; the main process draws, so that seeds are one set."""
+        self.sync(attested=False)
+        found: list[dict[str, float]] = [{}]
+        if self._trainer.accelerator.is_main_process:
+            params, n = self.args.sampling_params(evaluation=True), self.args.eval_num_generations
+            with self._trainer.accelerator.autocast():
+                found = [solve(self.sampler, self.scorer, rows, n=n, params=params).metrics]
+        return gather_object(found)[0]
+
+
+class RoundBatches:
+    """Stands where the host expects a data loader: draws when a step's batches are asked for, not one ahead.
+
+    Args:
+        on_policy: gives the rows.
+        step: the optimiser step that comes next.
+        collate: rows to a batch.
+        sums: gets the metrics of the rounds.
+    """
+
+    def __init__(
+        self, on_policy: OnPolicy, step: Callable[[], int], collate: Callable[[Any], dict[str, Any]], sums: MetricSums
+    ) -> None:
+        self._on_policy, self._step, self._collate, self._sums = on_policy, step, collate, sums
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
+
+
+class RoundSaver(TrainerCallback):
+    """Puts the round into every checkpoint.
+
+    Args:
+        on_policy: gives the rounds, or None.
+    """
+
+    def __init__(self, on_policy: Callable[[], OnPolicy | None]) -> None:
+        self._on_policy = on_policy
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_policy = self._on_policy()
+        if on_policy is not None and state.is_world_process_zero:
+            on_policy.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+
+
+def scorer_of(reward_funcs: Any, verifier: Verifier | None, weights: Sequence[float] | None) -> Verifier:
+    """The one that was given. Raises ValueError for none or both."""
+    if (reward_funcs is None) == (verifier is None):
+        raise ValueError("a sampler needs something that scores: pass reward_funcs, or a verifier (not both)")
+    return verifier if verifier is not None else reward_verifier(reward_funcs, weights)
+
+
+def prepare_for_prompts(args: Any, data: Any) -> None:
+    """Give `args` a number of steps, and keep the host from skipping batches at a resume: rounds know their place.
+
+    Raises:
+        ValueError: no prompts, a stream without `max_steps`, or rounds that are no whole number of groups.
+    """
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError("train_dataset is empty; it needs at least one prompt")
+    settings = args.round_settings(args.world_size)
+    if args.max_steps <= 0:
+        if not hasattr(data, "__len__"):
+            raise ValueError("a stream of prompts has no length; set max_steps")
+        args.max_steps = (
+            math.ceil(args.num_train_epochs * len(data) / settings.prompts_per_round) * args.steps_per_round
+        )
+    args.ignore_data_skip = True
+
+
+def _part(items: Sequence[Any], i: int, parts: int) -> list[Any]:
+    """The i-th of `parts` parts, all equally long but for one."""
+    return list(items[len(items) * i // parts : len(items) * (i + 1) // parts])
+
+
+def _shuffled_groups(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
+    """Groups in another order, each kept together: its prompt is computed once."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    keys = list(groups)
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [row for i in order for row in groups[keys[i]]]

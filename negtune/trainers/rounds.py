@@ -1,0 +1,373 @@
+"""On-policy rounds: draw from the policy of this moment, score, give credit, train for some steps, and again.
+
+A round is decided by its number, the seed, where the stream of prompts stands, the running baseline and the weights:
+`RoundState` holds what of these a checkpoint does not. Completions are on the disk before they are trained on, and are
+taken from there by a run that was killed, if the weights are the same; a checkpoint carries the round it is in the
+middle of. Every process draws and scores its share, then all know the whole round.
+
+Shapes: G prompts (groups), N completions of each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from negtune.credit import Baseline, Scale, advantages, has_signal, moving_average, step_advantages
+from negtune.data.completions import Message
+from negtune.data.prompts import PromptSource
+from negtune.data.steps import Splitter, token_steps
+from negtune.rollouts.collect import RECENT, in_parts, rollout_record
+from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
+from negtune.rollouts.store import RecordStore
+from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
+
+PART = 512
+"""Completions between two writes."""
+
+StepCredit = Callable[..., Sequence[Sequence[float | None]]]
+"""`(prompts, completions, steps, **columns)`: for each completion one number per step, None where not judged; with
+`step_scores="values"` one more may come first, the value of the bare prompt. `steps` are lists of texts; the columns
+are those of the prompts, and `completion_ids`, `prompt_ids`, `step_ends`, `rewards` (None: not scored)."""
+
+
+class PenaltyWarning(UserWarning):
+    """A setting takes the size of a penalty back."""
+
+
+class NoSignalError(RuntimeError):
+    """Round after round no completion carries an advantage; the message says what the rewards looked like."""
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """Where the stream of rounds stands: everything that the next round depends on, besides the weights.
+
+    Args:
+        number: of the next round.
+        cursor: prompts taken so far.
+        running: moving average of the rewards, if that is the baseline.
+        empty: rounds without any advantage just before.
+        completions, tokens: drawn so far.
+    """
+
+    number: int = 0
+    cursor: int = 0
+    running: float | None = None
+    empty: int = 0
+    completions: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rows to train on, and what was seen on the way.
+
+    Args:
+        rows: as `collate_advantages` takes them, groups together.
+        metrics: of the round, for the log.
+        state: after it.
+    """
+
+    rows: list[dict[str, Any]]
+    metrics: dict[str, float]
+    state: RoundState
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """See `AdvantageConfig`, whose fields these are."""
+
+    prompts_per_round: int
+    num_generations: int
+    baseline: Baseline | str
+    scale: Scale
+    decay: float
+    dynamic_sampling: bool
+    max_refills: int
+    max_empty_rounds: int
+    outcome_weight: float
+    step_weight: float
+    step_scores: str
+    max_unscored: float
+    seed: int
+
+
+@dataclass
+class Rounds:
+    """Makes rounds.
+
+    Args:
+        sampler: draws; its weights are the caller's business.
+        verifier: scores.
+        prompts: where prompts come from.
+        settings, params: how.
+        rollouts, scores: stores; every process has its own files in them.
+        splitter, tokenizer: of steps, if `step_credit` is given.
+        step_credit: gives numbers to steps; see `StepCredit`.
+        process_index, processes: of this process.
+    """
+
+    sampler: Sampler
+    verifier: Verifier
+    prompts: PromptSource
+    settings: RoundSettings
+    params: SamplingParams
+    rollouts: RecordStore
+    scores: RecordStore
+    splitter: Splitter
+    tokenizer: Any
+    step_credit: StepCredit | None = None
+    process_index: int = 0
+    processes: int = 1
+    _seen: list[Verdict] = field(default_factory=list)
+    _warned: bool = False
+
+    def make(self, state: RoundState) -> Round:
+        """The round that follows `state`, equal on all processes. Every process must call it."""
+        s, cursor, refills = self.settings, state.cursor, 0
+        kept: list[dict[str, Any]] = []
+        seen: list[dict[str, Any]] = []
+        running = state.running
+        while True:
+            wanted = s.prompts_per_round - len({row["group"] for row in kept})
+            groups = self._groups(cursor, wanted, state.number)
+            cursor += wanted
+            rows, running = self._credited(groups, running)
+            seen += rows
+            fit = [row for row in rows if row["signal"]] if s.dynamic_sampling else rows
+            kept += fit
+            missing = s.prompts_per_round - len({row["group"] for row in kept})
+            if not s.dynamic_sampling or missing == 0 or refills == s.max_refills:
+                break
+            refills += 1
+        rows = [row for row in kept if row["known"]]
+        signal = any(row["signal"] for row in rows)
+        empty = 0 if signal else state.empty + 1
+        if empty >= s.max_empty_rounds:
+            raise NoSignalError(_no_signal(seen, empty))
+        tokens = state.tokens + sum(len(row["completion_ids"]) for row in seen)
+        after = RoundState(state.number + 1, cursor, running, empty, state.completions + len(seen), tokens)
+        return Round([_trainable(row) for row in rows], {**_metrics(seen), "rounds/refills": refills}, after)
+
+    # --- drawing and scoring ------------------------------------------------------------------------------------------
+
+    def _groups(self, cursor: int, n: int, number: int) -> list[dict[str, Any]]:
+        """The scored rollouts of `n` prompts, in order, `num_generations` each, gathered from all processes."""
+        rows = self.prompts.take(cursor, n)
+        for i, row in enumerate(rows):
+            if not row.get("prompt"):
+                raise ValueError(f"prompt {cursor + i} of the stream: the row has no prompt; it has {sorted(row)}")
+        params = replace(self.params, seed=self.settings.seed * 1_000_003 + number)
+        requests = requests_for([row["prompt"] for row in rows], self.settings.num_generations)
+        owners = [cursor + i for i in range(n) for _ in range(self.settings.num_generations)]
+        mine = share_of(list(zip(requests, owners, strict=True)), self.process_index, self.processes)
+        drawn = self._drawn(mine, {cursor + i: row for i, row in enumerate(rows)}, params)
+        scored = self._scored(drawn)
+        found = [
+            {**record, **scores, "group": owner} for record, scores, (_, owner) in zip(drawn, scored, mine, strict=True)
+        ]
+        every = gather_object([found])
+        return [every[i % self.processes][i // self.processes] for i in range(len(requests))]
+
+    def _drawn(
+        self, mine: Sequence[tuple[Request, int]], rows: Mapping[int, Mapping[str, Any]], params: SamplingParams
+    ) -> list[dict[str, Any]]:
+        """Records of these requests; those on the disk are not drawn again."""
+        keys = [request.key(params, self.sampler.policy) for request, _ in mine]
+        records = _look_up(self.rollouts, keys)
+        missing = [pair for pair, key in zip(mine, keys, strict=True) if key not in records]
+        for some in in_parts(missing, PART):
+            drawn = self.sampler.draw([request for request, _ in some], params)
+            new = [rollout_record(r, rows[owner]) for r, (_, owner) in zip(drawn, some, strict=True)]
+            self.rollouts.append(new)
+            records |= {record["key"]: record for record in new}
+        return [records[key] for key in keys]
+
+    def _scored(self, drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`score`, `step_ends`, `step_scores` of each; no scores for completions that were cut or that failed."""
+        there = _look_up(self.scores, [record["key"] for record in drawn])
+        for some in in_parts([record for record in drawn if record["key"] not in there], PART):
+            fit = [record for record in some if record["finish_reason"] == "stop"]
+            verdicts = dict(zip((record["key"] for record in fit), self._verify(fit), strict=True))
+            self._seen = [*self._seen, *verdicts.values()][-RECENT:]
+            stop_if_unscored(self._seen, self.settings.max_unscored)
+            steps = self._step_scores(fit, [verdicts[record["key"]].score for record in fit])
+            new = [_score_record(record, verdicts.get(record["key"]), steps.get(record["key"])) for record in some]
+            self.scores.append(new)
+            there |= {record["key"]: record for record in new}
+        return [{name: there[r["key"]][name] for name in ("score", "step_ends", "step_scores")} for r in drawn]
+
+    def _verify(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        if not records:
+            return []
+        return self.verifier.verify(*_texts(records), **_columns(records))
+
+    def _step_scores(
+        self, records: Sequence[Mapping[str, Any]], rewards: Sequence[float | None]
+    ) -> dict[str, tuple[list[int], list[float | None]]]:
+        """Where the steps of each completion end, and what each is worth."""
+        if self.step_credit is None or not records:
+            return {}
+        cut = [token_steps(record["completion_ids"], self.tokenizer, self.splitter) for record in records]
+        found = self.step_credit(
+            *_texts(records),
+            [steps.texts for steps in cut],
+            **_columns(records),
+            prompt_ids=[record["prompt_ids"] for record in records],
+            completion_ids=[record["completion_ids"] for record in records],
+            step_ends=[steps.ends for steps in cut],
+            rewards=list(rewards),
+        )
+        if len(found) != len(records):
+            raise ValueError(f"step credit gave {len(found)} lists for {len(records)} completions; give one for each")
+        extra = (0, 1) if self.settings.step_scores == "values" else (0,)
+        for record, steps, scores in zip(records, cut, found, strict=True):
+            if len(scores) - len(steps) not in extra:
+                raise ValueError(
+                    f"step credit gave {len(scores)} numbers for the {len(steps)} steps of {record['text'][:80]!r}; "
+                    "give one per step, None where it was not judged"
+                )
+        return {
+            record["key"]: (steps.ends, [None if score is None else float(score) for score in scores])
+            for record, steps, scores in zip(records, cut, found, strict=True)
+        }
+
+    # --- credit -------------------------------------------------------------------------------------------------------
+
+    def _credited(
+        self, groups: list[dict[str, Any]], running: float | None
+    ) -> tuple[list[dict[str, Any]], float | None]:
+        """Rollouts with the advantages of their steps; `signal` says whether their group tells anything."""
+        s, n = self.settings, self.settings.num_generations
+        scores = [record["score"] for record in groups]
+        rewards = torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64).view(-1, n)
+        scored = torch.tensor([score is not None for score in scores]).view(-1, n)
+        self._warn_of_lost_penalties(rewards[scored].tolist())
+        moving = s.baseline == "moving_average"
+        outcome = advantages(
+            rewards,
+            scored,
+            baseline="none" if moving else s.baseline,
+            scale=s.scale,
+            running=(running or 0.0) if moving else None,
+        )
+        after = moving_average(running, rewards, scored, decay=s.decay) if moving else running
+        rows = []
+        for record, advantage, known in zip(groups, outcome.flatten().tolist(), scored.flatten().tolist(), strict=True):
+            steps = _combine(record, advantage if known else None, s)
+            rows.append({**record, "step_advantages": steps, "known": any(a is not None for a in steps)})
+        signal = {row["group"] for row in rows if any(row["step_advantages"])}
+        if s.outcome_weight and self.step_credit is None:
+            signal = {rows[i * n]["group"] for i, tells in enumerate(has_signal(outcome, scored).tolist()) if tells}
+        return [{**row, "signal": row["group"] in signal} for row in rows], after
+
+    def _warn_of_lost_penalties(self, rewards: list[float]) -> None:
+        """Two rewards, one of them a penalty whose size somebody chose, and a setting that takes the size back."""
+        values, s = sorted(set(rewards)), self.settings
+        if self._warned or len(values) != 2 or values[0] >= 0 or s.scale != "group":
+            return
+        self._warned = True
+        warnings.warn(
+            f"rewards are {values[1]:g} and {values[0]:g}, and scale_advantages=group divides by the deviation of "
+            f"each group: the size of the penalty {values[0]:g} cancels, only the share of wrong answers in a group "
+            "is left. Set scale_advantages to none, or weigh the negatives with negative_weight, which is applied last",
+            PenaltyWarning,
+            stacklevel=2,
+        )
+
+
+def completion_of(prompt: Prompt, text: str) -> str | list[Message]:
+    """A completion as TRL hands it to reward functions: text, or the assistant's message where the prompt is a chat."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], list[Any]]:
+    prompts = [record["prompt"] for record in records]
+    return prompts, [completion_of(record["prompt"], record["text"]) for record in records]
+
+
+def _look_up(store: RecordStore, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The final records of `keys` in a store; the files are read only if one of them is there."""
+    wanted = {key for key in keys if key in store}
+    return {record["key"]: record for record in store if record["key"] in wanted} if wanted else {}
+
+
+def _score_record(
+    record: Mapping[str, Any], verdict: Verdict | None, steps: tuple[list[int], list[float | None]] | None
+) -> dict[str, Any]:
+    ends, scores = steps if steps is not None else ([len(record["completion_ids"])], None)
+    score, reason = (None, record["finish_reason"]) if verdict is None else (verdict.score, verdict.reason)
+    final = record["final"] and (verdict is None or score is not None)
+    return {
+        **{"key": record["key"], "score": score, "reason": reason, "final": final},
+        **{"step_ends": ends, "step_scores": scores},
+    }
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for record in records for name in record["columns"])
+    return {name: [record["columns"].get(name) for record in records] for name in names}
+
+
+def _combine(record: Mapping[str, Any], outcome: float | None, s: RoundSettings) -> list[float | None]:
+    """Advantage of every step: outcome_weight x that of the completion + step_weight x its own; None if one is."""
+    if outcome is None:
+        return [None] * len(record["step_ends"])
+    scores = record["step_scores"]
+    if scores is None:
+        return [s.outcome_weight * outcome] * len(record["step_ends"])
+    if s.step_scores == "values":  # of the state behind each step; that of the bare prompt may come first
+        states = scores if len(scores) > len(record["step_ends"]) else [None, *scores]
+        scores = step_advantages(states)
+    return [None if a is None else s.outcome_weight * outcome + s.step_weight * a for a in scores]
+
+
+def _trainable(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("prompt_ids", "completion_ids", "step_ends", "step_advantages", "group", "key")
+    return {**{name: row[name] for name in names}, "behaviour_logps": row["logps"]}
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the round looked like before anything was left out."""
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    groups: dict[int, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).extend([] if row["score"] is None else [row["score"]])
+    scored_groups = [values for values in groups.values() if values]
+    ends = Counter(row["finish_reason"] for row in rows)
+    tokens = [logp for row in rows for logp in row["logps"]]
+    top = max(scores, default=0.0)
+    low = min(scores, default=0.0)
+    lengths = [len(row["completion_ids"]) for row in rows]
+    found = {
+        "rounds/reward": sum(scores) / len(scores) if scores else float("nan"),
+        "rounds/unscored": 1 - len(scores) / len(rows),
+        "rounds/truncated": ends["length"] / len(rows),
+        "rounds/no_signal": sum(not row["signal"] for row in rows) / len(rows),
+        "rounds/entropy": -sum(tokens) / max(1, len(tokens)),
+        "rounds/length": sum(lengths) / len(lengths),
+        "rounds/tokens": float(sum(lengths)),
+        "rounds/completions": float(len(rows)),
+    }
+    if scored_groups and top > low:
+        found["rounds/all_right"] = sum(min(values) == top for values in scored_groups) / len(scored_groups)
+        found["rounds/all_wrong"] = sum(max(values) == low for values in scored_groups) / len(scored_groups)
+    return found
+
+
+def _no_signal(rows: Sequence[Mapping[str, Any]], empty: int) -> str:
+    counts = Counter("unscored" if row["score"] is None else f"{row['score']:g}" for row in rows)
+    seen = ", ".join(f"{count} x {score}" for score, count in counts.most_common(5))
+    ends = ", ".join(f"{count} x {reason}" for reason, count in Counter(r["finish_reason"] for r in rows).most_common())
+    return (
+        f"{empty} rounds in a row no completion had an advantage other than 0. The last one's rewards: {seen}; "
+        f"completions ended with: {ends}. Equal rewards within every group teach nothing: take easier or harder "
+        "prompts, more num_generations, a larger max_completion_length if they were cut, or raise max_empty_rounds"
+    )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from negtune.rollouts.vllm import VLLMSampler as VLLMSampler
     from negtune.trainers.advantage import AdvantageConfig as AdvantageConfig
     from negtune.trainers.advantage import AdvantageTrainer as AdvantageTrainer
+    from negtune.trainers.grpo import StepGRPOConfig as StepGRPOConfig
+    from negtune.trainers.grpo import StepGRPOTrainer as StepGRPOTrainer
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
     from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
@@ -45,6 +47,8 @@ _HOMES = {
     "Rollout": "negtune.rollouts.sampler",
     "SamplingParams": "negtune.rollouts.sampler",
     "SequenceLogps": "negtune.ops",
+    "StepGRPOConfig": "negtune.trainers.grpo",
+    "StepGRPOTrainer": "negtune.trainers.grpo",
     "UnlearningConfig": "negtune.trainers.unlearning",
     "UnlearningTrainer": "negtune.trainers.unlearning",
     "VLLMSampler": "negtune.rollouts.vllm",
@@ -66,6 +70,8 @@ __all__ = [
     "Rollout",
     "SamplingParams",
     "SequenceLogps",
+    "StepGRPOConfig",
+    "StepGRPOTrainer",
     "UnlearningConfig",
     "UnlearningTrainer",
     "VLLMSampler",

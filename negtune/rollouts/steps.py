@@ -13,17 +13,20 @@ The last two stop at a state as soon as it is known to be alive or dead, which m
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from negtune.credit import Pit, PitRule, Tally, first_pit, state_values, step_advantages
+from negtune.credit import Pit, PitRule, Tally, best_of, first_pit, state_values, step_advantages
+from negtune.data.steps import TokenSteps
 from negtune.metrics.verification import wilson
 from negtune.rollouts.collect import Progress, in_parts
-from negtune.rollouts.sampler import share_of
+from negtune.rollouts.sampler import Sampler, SamplingParams, share_of
 from negtune.rollouts.states import Solution, StateRollouts
 from negtune.rollouts.store import RecordStore
+from negtune.verifiers.verdict import Verifier
 
 Strategy = Literal["all", "adaptive", "scan", "binary"]
 Steps = Generator[dict[int, int], dict[int, Tally], None]
@@ -263,3 +266,87 @@ def _total(tally: Tally) -> int:
 
 
 _STRATEGIES = {"all": _all, "adaptive": _adaptive, "scan": _scan, "binary": _binary}
+
+
+# --- As step credit of a trainer --------------------------------------------------------------------------------------
+
+
+class RolloutCredit:
+    """Monte-Carlo values of the steps of fresh completions, as `step_credit` of a trainer with `step_scores="values"`.
+
+    Rollouts are drawn from every state of every completion: with num_rollouts K and L steps that is K L completions for
+    one. VinePPO's advantages (https://arxiv.org/abs/2410.01679), best-of-k values where `search.best_of` says so.
+
+    Args:
+        sampler: of the policy, whose weights the trainer hands over before each round, or of a prover that stays what
+            it is (`follows=False`).
+        verifier: of finished completions.
+        params: of the draw.
+        search: strategy `all` or `adaptive`.
+        folder: of the stores with the rollouts.
+        follows: whether `update` reaches the sampler.
+        process_index: of this process.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        verifier: Verifier,
+        params: SamplingParams,
+        *,
+        search: Search | None = None,
+        folder: str | os.PathLike,
+        follows: bool = True,
+        process_index: int = 0,
+    ) -> None:
+        self.search = search or Search()
+        if not self.search.gives_values:
+            raise ValueError(f"strategy {self.search.strategy} gives no values; use all or adaptive")
+        self.sampler, self.verifier, self.params, self.follows = sampler, verifier, params, follows
+        self._stores = [
+            RecordStore(folder, name, process_index=process_index)
+            for name in ("solutions", "continuations", "verdicts")
+        ]
+        self.drawn = self.drawn_tokens = 0
+
+    def update(self, model: Any, policy: str) -> None:
+        """Draw from the weights that `model` has now."""
+        if self.follows:
+            self.sampler.update(model, policy)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        steps: Sequence[Sequence[str]],
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        step_ends: Sequence[Sequence[int]],
+        rewards: Sequence[float | None],
+        **columns: Sequence[Any],
+    ) -> list[list[float | None]]:
+        """Per completion Q_0 .. Q_L; the last is its reward."""
+        found = [
+            Solution(
+                key=str(i),
+                prompt=prompt,
+                prompt_ids=list(prompt_ids[i]),
+                completion_ids=list(completion_ids[i]),
+                logps=[],
+                columns={name: values[i] for name, values in columns.items() if len(values) == len(prompts)},
+                outcome=None,
+                steps=TokenSteps(list(step_ends[i]), list(steps[i])),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        rollouts = StateRollouts(self.sampler, self.verifier, *self._stores, self.params, name="credit")
+        tallies = _explore(found, rollouts, self.search)
+        self.drawn, self.drawn_tokens = self.drawn + rollouts.drawn, self.drawn_tokens + rollouts.drawn_tokens
+        values = [
+            [best_of(t[i], self.search.best_of) for i in range(len(s.steps))]
+            for s, t in zip(found, tallies, strict=True)
+        ]
+        return [
+            [*(None if v is None else float(v) for v in known), end] for known, end in zip(values, rewards, strict=True)
+        ]

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger(__name__)
 
 
 class GuardStop(RuntimeError):
     """A guard stopped the run: what it watches went too far. The last checkpoint is from before."""
+
+
+class PenaltyWarning(UserWarning):
+    """A setting takes the size of a penalty back."""
+
+
+def warn_of_lost_penalty(rewards: Iterable[float], setting: str, way_out: str) -> bool:
+    """Warn where rewards are two numbers, one of them a penalty whose size somebody chose; returns whether it did.
+
+    Args:
+        rewards: of what is normalised by the deviation of its group, which makes two numbers the same two numbers.
+        setting: that asks for this, with its value.
+        way_out: how to say it so that it counts.
+    """
+    values = sorted(set(rewards))
+    if len(values) != 2 or values[0] >= 0:
+        return False
+    warnings.warn(
+        f"rewards are {values[1]:g} and {values[0]:g}, and {setting} divides by the deviation of each group: the size "
+        f"of the penalty {values[0]:g} cancels, only the share of wrong answers in a group is left. {way_out}, or "
+        "weigh the negatives with negative_weight, which is applied last",
+        PenaltyWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 class Guards:

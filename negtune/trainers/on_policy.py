@@ -108,7 +108,10 @@ class OnPolicy:
     def sync(self, *, attested: bool) -> None:
         """Hand the weights of this moment to the engine, under a name that other weights do not get."""
         trainer, model = self._trainer, unwrapped(self._trainer.model)
-        self.sampler.update(model, f"step {trainer.state.global_step} {served_weights_hash(model)[:12]}")
+        policy = f"step {trainer.state.global_step} {served_weights_hash(model)[:12]}"
+        self.sampler.update(model, policy)
+        if hasattr(self.rounds.step_credit, "update"):
+            self.rounds.step_credit.update(model, policy)
         if attested:
             with trainer.accelerator.autocast():
                 attest(self.sampler, model, trainer.processing_class, temperature=self.args.temperature)

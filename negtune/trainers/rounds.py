@@ -10,7 +10,6 @@ Shapes: G prompts (groups), N completions of each.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from negtune.data.steps import Splitter, token_steps
 from negtune.rollouts.collect import RECENT, in_parts, rollout_record
 from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
+from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
 
 PART = 512
@@ -35,10 +35,6 @@ StepCredit = Callable[..., Sequence[Sequence[float | None]]]
 """`(prompts, completions, steps, **columns)`: for each completion one number per step, None where not judged; with
 `step_scores="values"` one more may come first, the value of the bare prompt. `steps` are lists of texts; the columns
 are those of the prompts, and `completion_ids`, `prompt_ids`, `step_ends`, `rewards` (None: not scored)."""
-
-
-class PenaltyWarning(UserWarning):
-    """A setting takes the size of a penalty back."""
 
 
 class NoSignalError(RuntimeError):
@@ -249,7 +245,10 @@ class Rounds:
         scores = [record["score"] for record in groups]
         rewards = torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64).view(-1, n)
         scored = torch.tensor([score is not None for score in scores]).view(-1, n)
-        self._warn_of_lost_penalties(rewards[scored].tolist())
+        if s.scale == "group" and not self._warned:
+            self._warned = warn_of_lost_penalty(
+                rewards[scored].tolist(), "scale_advantages=group", "Set scale_advantages to none"
+            )
         moving = s.baseline == "moving_average"
         outcome = advantages(
             rewards,
@@ -267,20 +266,6 @@ class Rounds:
         if s.outcome_weight and self.step_credit is None:
             signal = {rows[i * n]["group"] for i, tells in enumerate(has_signal(outcome, scored).tolist()) if tells}
         return [{**row, "signal": row["group"] in signal} for row in rows], after
-
-    def _warn_of_lost_penalties(self, rewards: list[float]) -> None:
-        """Two rewards, one of them a penalty whose size somebody chose, and a setting that takes the size back."""
-        values, s = sorted(set(rewards)), self.settings
-        if self._warned or len(values) != 2 or values[0] >= 0 or s.scale != "group":
-            return
-        self._warned = True
-        warnings.warn(
-            f"rewards are {values[1]:g} and {values[0]:g}, and scale_advantages=group divides by the deviation of "
-            f"each group: the size of the penalty {values[0]:g} cancels, only the share of wrong answers in a group "
-            "is left. Set scale_advantages to none, or weigh the negatives with negative_weight, which is applied last",
-            PenaltyWarning,
-            stacklevel=2,
-        )
 
 
 def completion_of(prompt: Prompt, text: str) -> str | list[Message]:

@@ -46,3 +46,34 @@ def test_the_epoch_callback_runs_before_the_batches_of_the_epoch_are_drawn():
 def test_the_config_parses_json_dictionaries():
     assert "model_init_kwargs" not in BaseConfig._VALID_DICT_FIELDS
     assert isinstance(BaseConfig._VALID_DICT_FIELDS, list)
+
+
+def test_grpo_has_the_two_hooks_that_steps_need():
+    from trl import GRPOTrainer
+
+    wanted = {
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        "_generate_and_score_completions": ["self", "inputs"],
+    }
+    for name, parameters in wanted.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters, name
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.index("self._calculate_rewards(") < source.index('"advantages": advantages')
+    assert "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)" in source
+
+
+def test_the_grpo_loss_takes_advantages_per_token():
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "advantages.dim() == 1" in source
+    assert "advantages.unsqueeze(1)" in source
+
+
+def test_the_colocated_engine_is_reached_where_we_hand_weights_over():
+    from trl.generation import vllm_generation
+
+    source = inspect.getsource(vllm_generation)
+    assert "self.llm.llm_engine.model_executor.driver_worker.model_runner" in source
+    assert "def _iter_named_params(self)" in source
+    assert "self.llm.reset_prefix_cache()" in source

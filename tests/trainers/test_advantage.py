@@ -19,8 +19,8 @@ from negtune.rollouts.attest import StaleEngineError
 from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.store import RecordStore
-from negtune.trainers.guards import GuardStop
-from negtune.trainers.rounds import NoSignalError, PenaltyWarning
+from negtune.trainers.guards import GuardStop, PenaltyWarning
+from negtune.trainers.rounds import NoSignalError
 from negtune.verifiers.verdict import TooManyUnscored
 from tests.trainers.conftest import chain_text
 

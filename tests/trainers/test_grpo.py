@@ -1,0 +1,222 @@
+"""StepGRPOTrainer: TRL's own where nothing is asked for, advantages per step where something is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from negtune import HFSampler, SamplingParams, StepGRPOConfig, StepGRPOTrainer
+from negtune.models.load import load_tokenizer
+from negtune.rollouts.steps import RolloutCredit, Search
+from negtune.trainers.guards import PenaltyWarning
+from negtune.verifiers.verdict import FromRewardFunction
+from tests.trainers.test_advantage import bad_steps, is_good
+
+SETTINGS = {
+    **{"per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 2, "max_completion_length": 24},
+    **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"},
+    **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "seed": 3},
+}
+
+
+@pytest.fixture
+def grpo(tmp_path, chain_folder, prompts):
+    """`grpo(steps=..., train=True, ...)` -> trainer that keeps what it generated in `seen`."""
+    from datasets import Dataset
+
+    def build(
+        cls=StepGRPOTrainer, config=StepGRPOConfig, reward=is_good, steps=None, train=True, kwargs=None, **settings
+    ):
+        seen: list[dict] = []
+
+        class Watched(cls):
+            def _generate_and_score_completions(self, inputs):
+                out = super()._generate_and_score_completions(inputs)
+                seen.append({name: value.clone() for name, value in out.items() if isinstance(value, torch.Tensor)})
+                return out
+
+        given = {} if steps is None else {"step_reward_funcs": steps}
+        trainer = Watched(
+            model=AutoModelForCausalLM.from_pretrained(chain_folder),
+            args=config(output_dir=str(tmp_path / "run"), **{**SETTINGS, **settings}),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=load_tokenizer(chain_folder),
+            reward_funcs=reward,
+            **given,
+            **(kwargs or {}),
+        )
+        trainer.seen = seen
+        if train:
+            trainer.train()
+        return trainer
+
+    return build
+
+
+def lines_of(trainer, batch, i) -> list[tuple[str, float]]:
+    """Text and advantage of every step of a completion, from its tokens."""
+    found: list[tuple[str, float]] = []
+    text, last = "", None
+    for token, on, value in zip(
+        batch["completion_ids"][i], batch["completion_mask"][i], batch["advantages"][i], strict=True
+    ):
+        if not on:
+            break
+        if text and (value.item() != last or text.endswith("\n")):
+            found.append((text.strip(), last))
+            text = ""
+        text, last = text + trainer.processing_class.decode([token], skip_special_tokens=True), value.item()
+    return [*found, (text.strip(), last)]
+
+
+def test_without_steps_it_is_trl(grpo):
+    """Same samples, same losses, same weights."""
+    ours = grpo(mask_truncated_completions=False)
+    peer = grpo(GRPOTrainer, GRPOConfig, bf16=False)
+    assert ours.seen[0]["advantages"].shape == ours.seen[0]["completion_ids"].shape
+    assert torch.equal(ours.seen[0]["completion_ids"], peer.seen[0]["completion_ids"])
+    assert torch.equal(ours.seen[0]["advantages"][:, 0], peer.seen[0]["advantages"])
+    for a, b in zip(ours.model.parameters(), peer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_steps_have_their_own_advantages(grpo):
+    trainer = grpo(steps=bad_steps, outcome_weight=0.0, max_steps=1)
+    batch, seen = trainer.seen[0], set()
+    for i in range(16):
+        for text, advantage in lines_of(trainer, batch, i):
+            if text in ("ok", "no"):
+                seen.add((text, advantage))
+    assert {("ok", 1.0), ("no", -1.0)} <= seen <= {("ok", 1.0), ("no", -1.0), ("ok", 0.0), ("no", 0.0)}
+
+
+def test_outcome_and_step_are_weighed_and_the_sign_dial_comes_last(grpo):
+    def fives(prompts, completions, steps, **columns):
+        return [[0.5] * len(s) for s in steps]
+
+    plain = grpo(max_steps=1)
+    mixed = grpo(steps=fives, max_steps=1, outcome_weight=2.0, step_weight=4.0, negative_weight=3.0)
+    a, b = plain.seen[0], mixed.seen[0]
+    assert torch.equal(a["completion_ids"], b["completion_ids"])
+    expected = 2 * a["advantages"] + 4 * 0.5
+    expected = torch.where(expected > 0, expected, 3 * expected)
+    mask = b["completion_mask"].bool()
+    assert torch.allclose(b["advantages"][mask], expected[mask], atol=1e-5)
+
+
+def test_one_none_beside_a_one_is_unscored_and_out_of_the_baseline(grpo):
+    """TRL would count the None as 0 and the completion as 0 + 1."""
+
+    def some(prompts, completions, **columns):
+        return [None if c.startswith("no") else float(c.endswith("good")) for c in completions]
+
+    def one(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    trainer = grpo(reward=[some, one], max_steps=1, scale_rewards="none", mask_truncated_completions=False)
+    batch = trainer.seen[0]
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    assert any(t.startswith("no") for t in texts)
+    for start in range(0, 16, 8):
+        group = range(start, start + 8)
+        scored = {i: float(texts[i].endswith("good")) + 1 for i in group if not texts[i].startswith("no")}
+        mean = sum(scored.values()) / len(scored)
+        for i in group:
+            expected = scored[i] - mean if i in scored else 0.0
+            assert batch["advantages"][i, 0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_function_of_weight_zero_cannot_make_a_completion_unscored(grpo):
+    def nothing(prompts, completions, **columns):
+        return [None] * len(completions)
+
+    trainer = grpo(reward=[nothing, is_good], reward_weights=[0.0, 1.0], max_steps=1)
+    assert trainer.seen[0]["advantages"].abs().max() > 0
+
+
+def test_cut_completions_are_in_no_baseline(grpo):
+    """Cut ones would all be wrong: with them the right ones of a group would look better than they are."""
+    trainer = grpo(max_completion_length=11, max_steps=1, scale_rewards="none")
+    batch, eos = trainer.seen[0], trainer.processing_class.eos_token_id
+    whole = [(batch["completion_ids"][i] == eos).any().item() for i in range(16)]
+    assert 0 < sum(whole) < 16
+    for start in range(0, 16, 8):
+        group = [i for i in range(start, start + 8) if whole[i]]
+        assert sum(batch["advantages"][i, 0].item() for i in group) == pytest.approx(0, abs=1e-5)
+    assert all((batch["advantages"][i] == 0).all() for i in range(16) if not whole[i])
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_bad_steps_disappear(grpo, adapter, loss_type):
+    kwargs = {"peft_config": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")} if adapter else {}
+    trainer = grpo(
+        steps=bad_steps, kwargs=kwargs, max_steps=10, outcome_weight=0.0, per_device_train_batch_size=32,
+        learning_rate=5e-3 if adapter else 1e-3, loss_type=loss_type,
+    )  # fmt: skip
+    shares = []
+    for batch in (trainer.seen[0], trainer.seen[-1]):
+        texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        shares.append(sum("no" in t for t in texts) / len(texts))
+    assert shares[1] < shares[0] - 0.2
+
+
+def test_monte_carlo_values_are_those_of_the_chain(grpo, tmp_path):
+    """Behind a `no` nothing ends well: its advantage takes away all that was left, and nothing behind it matters."""
+    holder = {}
+
+    def credit(*args, **kwargs):
+        return holder["credit"](*args, **kwargs)
+
+    trainer = grpo(steps=credit, train=False, outcome_weight=0.0, step_scores="values", max_steps=1)
+    holder["credit"] = RolloutCredit(
+        HFSampler(trainer.model, trainer.processing_class, batch_size=128),
+        FromRewardFunction(is_good, one_by_one=False),
+        SamplingParams(max_tokens=24),
+        search=Search("all", num_rollouts=12),
+        folder=tmp_path / "credit",
+    )
+    trainer.train()
+    ups, downs = [], []
+    for i in range(16):
+        for text, advantage in lines_of(trainer, trainer.seen[0], i):
+            (ups if text == "ok" else downs if text == "no" else []).append(advantage)
+    assert sum(downs) / len(downs) < -0.2
+    assert sum(ups) / len(ups) > 0.02
+    assert holder["credit"].drawn > 200
+
+
+def test_signs_are_logged_apart(grpo):
+    log = grpo(steps=bad_steps, max_steps=1).state.log_history[0]
+    assert 0 < log["positive/tokens"] < 1
+    assert 0 < log["negative/tokens"] < 1
+
+
+def test_a_penalty_that_the_group_scale_cancels_is_named(grpo):
+    def harsh(prompts, completions, **columns):
+        return [1.0 if c.endswith("good") else -9.0 for c in completions]
+
+    with pytest.warns(PenaltyWarning, match="scale_rewards=group divides .* the penalty -9 cancels"):
+        grpo(reward=harsh, max_steps=1)
+
+
+def test_what_cannot_work_is_refused(grpo):
+    with pytest.raises(ValueError, match="needs args=StepGRPOConfig"):
+        grpo(config=GRPOConfig, train=False)
+    with pytest.raises(ValueError, match="step_split must be one of lines, sentences, got 'words'"):
+        grpo(step_split="words", train=False)
+    with pytest.raises(ValueError, match="sign weights cannot be negative"):
+        grpo(negative_weight=-1.0, train=False)
+    with pytest.raises(ValueError, match="gave 1 numbers for"):
+        grpo(steps=lambda prompts, completions, steps, **k: [[0.0] for _ in steps], max_steps=1)
+
+
+def test_a_resumed_run_goes_on(grpo, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "steps": bad_steps}
+    grpo(**settings)
+    again = grpo(train=False, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert again.state.global_step == 3

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import negtune
-from negtune.cli import demo, doctor, evaluate, export, report, rollouts, verify
+from negtune.cli import demo, doctor, evaluate, export, report, rollouts, steps, verify
 from negtune.cli.doctor import EXTRAS
 
 VERBS = {
     **{"demo": demo, "eval": evaluate, "report": report, "export": export, "doctor": doctor},
-    **{"rollouts": rollouts, "verify": verify},
+    **{"rollouts": rollouts, "steps": steps, "verify": verify},
 }
 
 

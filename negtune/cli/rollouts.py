@@ -20,9 +20,9 @@ from negtune.records import read_jsonl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `negtune rollouts generate`, `verify` and `stats`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _generate_arguments(_action(actions, "generate", "draw completions", generate))
-    _verify_arguments(_action(actions, "verify", "score the completions of a store", verify))
-    _action(actions, "stats", "what a store holds", stats)
+    _generate_arguments(add_action(actions, "generate", "draw completions", generate))
+    _verify_arguments(add_action(actions, "verify", "score the completions of a store", verify))
+    add_action(actions, "stats", "what a store holds", stats)
 
 
 def add_verifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,8 @@ def add_verifier_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _action(actions: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+def add_action(actions: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """A verb's action, with the flags that all have."""
     action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
     action.set_defaults(run=run, parser=action)
     action.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -56,14 +57,19 @@ def _action(actions: Any, name: str, text: str, run: Callable[[argparse.Namespac
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N rows only")
+    parser.add_argument(
+        "--num_generations", type=count, default=1, metavar="N", help="completions of each row (default: %(default)s)"
+    )
+    add_sampling_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the model, the engine and the draw; shared with `negtune steps`."""
     parser.add_argument("--model", required=True, metavar="ID", help="folder, hub id, smollm2 or tiny")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt")
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N rows only")
-    parser.add_argument(
-        "--num_generations", type=_count, default=1, metavar="N", help="completions of each row (default: %(default)s)"
-    )
-    parser.add_argument("--max_tokens", type=_count, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--max_tokens", type=count, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens (default: %(default)s)")
@@ -71,18 +77,19 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a completion")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=_count, default=32, metavar="N", help="completions at a time (default: %(default)s)"
+        "--batch_size", type=count, default=32, metavar="N", help="completions at a time (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights")
     parser.add_argument("--engine", default="hf", choices=["hf", "vllm", "server"], help="(default: %(default)s)")
-    parser.add_argument("--max_model_len", type=_count, metavar="N", help="vllm: prompt and completion together")
+    parser.add_argument("--max_model_len", type=count, metavar="N", help="vllm: prompt and completion together")
     parser.add_argument("--url", metavar="URL", help="server: of a vLLM server, http://host:port")
     parser.add_argument("--api_key_env", metavar="NAME", help="server: environment variable with the key for it")
     parser.add_argument("--adapter_dir", metavar="DIR", help="server: where it finds adapters, if on another machine")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights; needs negtune[quant]")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A flag's whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -91,6 +98,11 @@ def _count(text: str) -> int:
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     add_verifier_arguments(parser)
+    add_unscored_argument(parser)
+
+
+def add_unscored_argument(parser: argparse.ArgumentParser) -> None:
+    """How often a verifier may fail; shared with `negtune steps`."""
     parser.add_argument(
         "--max_unscored", type=float, default=0.2, metavar="SHARE", help="stop beyond (default: %(default)s)"
     )
@@ -98,23 +110,14 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Draw what the store does not have yet."""
-    _check_engine(args)
+    check_engine(args)
     rows = _read_prompts(args.prompts)[: args.limit]
     from negtune.rollouts import collect
-    from negtune.rollouts.sampler import SamplingParams
     from negtune.rollouts.store import RecordStore
 
-    params = SamplingParams(
-        temperature=args.temperature,
-        max_tokens=args.max_tokens,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        stop=tuple(args.stop),
-        seed=args.seed,
-    )
+    params = sampling_params(args)
     index, processes = collect.launched_processes()
-    sampler = _sampler(args)
+    sampler = make_sampler(args)
     try:
         with (
             RecordStore(args.store, process_index=index) as store,
@@ -137,6 +140,21 @@ def generate(args: argparse.Namespace) -> int:
         sampler.close()
     print(said)
     return 0
+
+
+def sampling_params(args: argparse.Namespace) -> Any:
+    """The `SamplingParams` that the flags say."""
+    from negtune.rollouts.sampler import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        stop=tuple(args.stop),
+        seed=args.seed,
+    )
 
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
@@ -166,7 +184,8 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.get("role")) and isinstance(value.get("content"), str)
 
 
-def _check_engine(args: argparse.Namespace) -> None:
+def check_engine(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of another engine than the one that is asked for."""
     if (args.url is None) == (args.engine == "server"):
         raise ValueError("--engine server needs --url http://host:port, and --url needs --engine server")
     if args.max_model_len and args.engine != "vllm":
@@ -179,7 +198,7 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise ValueError(f"--api_key_env {args.api_key_env}: no such environment variable")
 
 
-def _sampler(args: argparse.Namespace) -> Any:
+def make_sampler(args: argparse.Namespace) -> Any:
     """The engine, proven to have the model's weights where it has a copy of them."""
     if args.engine == "hf":
         from negtune.cli.evaluate import load

@@ -59,6 +59,7 @@ def tiny_lm(
     kv_heads: int = 1,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
+    vocab_size: int = VOCAB_SIZE,
 ) -> LlamaForCausalLM:
     """A Llama with random weights that fits `tiny_tokenizer`; equal seeds give equal weights.
 
@@ -68,11 +69,12 @@ def tiny_lm(
         layers, heads, kv_heads: as in `LlamaConfig`; heads have 32 dimensions whatever the width.
         tied: whether the LM head is the input embedding.
         dtype: of the weights.
+        vocab_size: tokens; another tokenizer with `<pad>` at 0 and its EOS at 1 may have other than 512.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,

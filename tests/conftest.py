@@ -58,3 +58,50 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found: set NEGTUNE_DATA to a folder with tofu/ (looked in {folder.name}/)")
     return folder
+
+
+CHAIN_QUESTIONS = ["Walk to Rome.", "Walk to Oslo.", "Walk to Lima.", "Walk to Perth."]
+
+
+def chain_text(lines: list[str]) -> str:
+    """Lines of `ok` and `no`, and what comes of them."""
+    return "\n".join([*lines, "bad" if "no" in lines else "good"])
+
+
+@pytest.fixture(scope="session")
+def chain_folder(tmp_path_factory) -> str:
+    """Folder of a tiny model that answers in three lines, each `no` with chance .3, and then says how it ended."""
+    import random
+
+    from negtune.data.completions import collate, tokenize_row
+    from negtune.models.forward import attach_scoring, completion_logps, scored_tokens
+    from negtune.models.tiny import tiny_lm, tiny_tokenizer
+    from negtune.ops import masked_sum
+
+    noise, model, tokenizer = random.Random(0), tiny_lm(), tiny_tokenizer()
+    attach_scoring(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        rows = [
+            {"prompt": question, "completion": chain_text(["no" if noise.random() < 0.3 else "ok" for _ in range(3)])}
+            for question in CHAIN_QUESTIONS
+            for _ in range(8)
+        ]
+        batch = collate([tokenize_row(row, tokenizer) for row in rows], tokenizer.pad_token_id)
+        loss = -masked_sum(completion_logps(model, batch), scored_tokens(batch).mask).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 150)
+        optimizer.step()
+    assert loss.item() < 2.6  # three coins of .61 nats are 1.83
+    folder = tmp_path_factory.mktemp("chain")
+    del model.forward, model._scores_for
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompts() -> list[dict]:
+    return [{"prompt": question, "answer": "good"} for question in CHAIN_QUESTIONS]

@@ -36,6 +36,9 @@ def add_verifier_arguments(parser: argparse.ArgumentParser) -> None:
         help="math: where the answer stands",
     )
     parser.add_argument(
+        "--pattern", metavar="REGEX", help="exact: what its last match finds is compared, not the whole completion"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="for one completion (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -320,6 +323,8 @@ def print_stats(store: str | Path) -> None:
 
 def make_verifier(args: argparse.Namespace) -> Any:
     """The verifier that the flags name."""
+    if args.pattern and args.verifier != "exact":
+        raise ValueError("--pattern is for --verifier exact; drop it")
     if args.verifier == "code":
         from negtune.verifiers.code import CodeVerifier
 
@@ -331,7 +336,7 @@ def make_verifier(args: argparse.Namespace) -> Any:
     if args.verifier == "exact":
         from negtune.verifiers.exact import ExactVerifier
 
-        return ExactVerifier(args.column)
+        return ExactVerifier(args.column, pattern=args.pattern)
     from negtune.verifiers.math import MathVerifier
 
     return MathVerifier(args.mode, column=args.column, seconds=args.seconds, workers=args.workers)
@@ -339,7 +344,7 @@ def make_verifier(args: argparse.Namespace) -> Any:
 
 def verifier_name(args: argparse.Namespace) -> str:
     """Name of a verifier with the settings that change what it says."""
-    mode = f"-{args.mode}" if args.verifier == "math" else ""
+    mode = f"-{args.mode}" if args.verifier == "math" else f"-{args.pattern}" if args.pattern else ""
     return f"{args.verifier}{mode}:{args.column}" if args.verifier in ("math", "exact") else args.verifier
 
 

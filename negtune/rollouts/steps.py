@@ -103,9 +103,13 @@ def locate(
         part: solutions that are searched side by side, and written together.
         process_index, processes: this process takes its share.
         progress: told after every part: solutions done, of how many, and tokens drawn.
+
+    Raises:
+        ValueError: `store` has been searched with other settings.
     """
     mine = share_of(list(found), process_index, processes)
     missing = [solution for solution in mine if _key(solution, search) not in store]
+    _refuse_other_search(store, search)
     keys = {_key(solution, search) for solution in mine}
     reasons: Counter[str] = Counter(record["reason"] for record in store if record["key"] in keys)
     done = len(mine) - len(missing)
@@ -119,6 +123,17 @@ def locate(
         if progress is not None:
             progress(done, len(mine), rollouts.drawn_tokens - before)
     return reasons
+
+
+def _refuse_other_search(store: RecordStore, search: Search) -> None:
+    other = next((record for record in store if record["search"] != asdict(search)), None)
+    if other is not None:
+        changed = [name for name, value in asdict(search).items() if other["search"].get(name) != value]
+        raise ValueError(
+            f"{store.folder} was searched with other settings under the name {store.name!r} ("
+            + ", ".join(f"{name}: {other['search'].get(name)}, now {getattr(search, name)}" for name in changed)
+            + "); its pits would count twice. Give this search another name; rollouts are shared between names"
+        )
 
 
 def judgement(

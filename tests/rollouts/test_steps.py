@@ -144,6 +144,12 @@ def test_rollouts_are_shared_and_never_drawn_twice(run):
     assert 0 < run.drawn <= asked // 2  # four more from each state, those of before are used
 
 
+def test_another_search_needs_another_name(run):
+    run.search(Search("binary", num_rollouts=8))
+    with pytest.raises(ValueError, match=r"searched with other settings .* \(num_rollouts: 8, now 9\)"):
+        run.search(Search("binary", num_rollouts=9))
+
+
 class Interrupted(Exception):
     pass
 

@@ -22,7 +22,7 @@ from negtune.rollouts.store import RecordStore
 from negtune.trainers.guards import GuardStop, PenaltyWarning
 from negtune.trainers.rounds import NoSignalError
 from negtune.verifiers.verdict import TooManyUnscored
-from tests.trainers.conftest import chain_text
+from tests.conftest import chain_text
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 FLAT = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from negtune.models import ModelError
+from negtune.models.arithmetic import save_arithmetic
 from negtune.models.cache import build_once
 from negtune.models.smollm2 import smollm2_folder
 from negtune.models.tiny import save_tiny
@@ -20,7 +21,11 @@ from negtune.models.tiny import save_tiny
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BUILT_IN = {"smollm2": smollm2_folder, "tiny": lambda: build_once("tiny-v1", lambda folder: _save_tiny(folder))}
+BUILT_IN = {
+    "smollm2": smollm2_folder,
+    "tiny": lambda: build_once("tiny-v1", lambda folder: _save_tiny(folder)),
+    "arithmetic": lambda: build_once("arithmetic-v1", lambda folder: _save_arithmetic(folder)),
+}
 """Names of models that need no hub, and how to get their folder."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -198,6 +203,10 @@ def _did_you_mean(name: str) -> str:
     if close:
         return f"; did you mean {close[0] if close[0] in BUILT_IN else path.parent / close[0]}?"
     return f"; without a hub use one of: {', '.join(BUILT_IN)}"
+
+
+def _save_arithmetic(folder: Path) -> None:
+    save_arithmetic(folder)
 
 
 def _save_tiny(folder: Path) -> None:

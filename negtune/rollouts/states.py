@@ -93,12 +93,12 @@ class StateRollouts:
         self._sampler, self._verifier, self._params = sampler, verifier, params
         self._stores, self._verdicts, self._name = (rollouts, continuations), verdicts, name
         self._part, self._max_unscored, self._progress = part, max_unscored, progress
+        self._tokens = {r["key"]: len(r["completion_ids"]) for store in self._stores for r in store}
         self._outcomes = {
             record["rollout"]: record["outcome"]
             for record in verdicts
-            if record["verifier"] == name and record.get("final", True)
+            if record["verifier"] == name and record.get("final", True) and record["rollout"] in self._tokens
         }
-        self._tokens = {r["key"]: len(r["completion_ids"]) for store in self._stores for r in store}
         self._keys: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         self._seen: list[Verdict] = []
         self.drawn = self.drawn_tokens = 0

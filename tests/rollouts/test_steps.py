@@ -150,6 +150,16 @@ def test_another_search_needs_another_name(run):
         run.search(Search("binary", num_rollouts=9))
 
 
+def test_a_verdict_without_its_rollout_does_not_count(run):
+    """Somebody deleted the continuations: they are drawn again."""
+    first = run.search(Search("binary", num_rollouts=8))
+    drawn = run.drawn
+    for path in RecordStore(run.folder, "continuations").shards():
+        path.unlink()
+    assert run.search(Search("binary", num_rollouts=8), name="again") == first
+    assert run.drawn == drawn
+
+
 class Interrupted(Exception):
     pass
 

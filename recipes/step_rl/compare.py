@@ -1,0 +1,386 @@
+"""Does pushing down exactly the wrong step help? Nine ways to learn from the same problems, fairly compared.
+
+Paper       RL on Incorrect Synthetic Data, https://arxiv.org/abs/2406.14532 (figures on data efficiency); NSR and
+            W-REINFORCE, https://arxiv.org/abs/2506.01347
+Data        Made-up arithmetic chains; a Llama of 0.7 million weights that learns them from nothing, per seed.
+Fair        Every arm starts from the same fine-tuned model of its seed, learns from the same problems, takes the same
+            number of optimiser steps and draws as many tokens as per-step DPO needs for solutions and rollouts. Rates
+            are swept per arm with the same budget on one seed, by accuracy on validation problems, and confirmed on
+            fresh seeds; the table shows test problems. Doing nothing and continued SFT are in it.
+Expected    The paper, on 7B models: per-step DPO as good as SFT on eight times the problems, trajectory DPO no better
+            than SFT. On toys such orderings vanished under these controls before.
+Measured    recipes/LOG.md
+
+    python recipes/step_rl/compare.py --output_dir runs/compare --problems 1024
+
+A comparison that was stopped goes on where it was; --smoke runs all arms in a minute.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from negtune import AdvantageConfig, AdvantageTrainer, HFSampler, PreferenceConfig, PreferenceTrainer, SamplingParams
+from negtune.cli.recipe import run_recipe
+from negtune.credit import advantages_from_labels, labels_from_first_error
+from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, first_wrong_step, prompt_row
+from negtune.data.steps import split_lines
+from negtune.eval.compare import Arm, compare
+from negtune.eval.solving import solve
+from negtune.models.arithmetic import save_arithmetic
+from negtune.models.load import load_model
+from negtune.records import read_json, write_json, write_jsonl
+from negtune.rollouts.collect import generate, verify
+from negtune.rollouts.states import Solution, StateRollouts, solutions
+from negtune.rollouts.step_rows import advantage_rows, pit_pairs
+from negtune.rollouts.steps import Search, locate
+from negtune.rollouts.store import RecordStore
+from negtune.trainers.finetune import fine_tune
+from negtune.verifiers.exact import ExactVerifier
+
+NAME = "answer"
+MAX_TOKENS = 80
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--output_dir", type=Path, required=True)
+parser.add_argument("--problems", type=int, default=1024, help="synthetic problems: of the SFT and of all arms")
+parser.add_argument("--sft_epochs", type=float, default=20)
+parser.add_argument("--sft_rate", type=float, default=3e-3)
+parser.add_argument("--min_steps", type=int, default=2)
+parser.add_argument("--max_steps", type=int, default=4)
+parser.add_argument("--samples", type=int, default=8, help="solutions of each problem, before rollouts")
+parser.add_argument("--explored", type=int, default=256, help="problems of which solutions are drawn")
+parser.add_argument("--num_rollouts", type=int, default=8)
+parser.add_argument("--steps", type=int, default=100, help="optimiser steps of every arm")
+parser.add_argument("--batch", type=int, default=32, help="completions, or pairs, of a step")
+parser.add_argument("--test", type=int, default=400, help="problems of the table, and half as many to choose rates on")
+parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+parser.add_argument("--arms", nargs="+", help="of them only these")
+parser.add_argument("--smoke", action="store_true")
+
+
+class Start:
+    """What all arms of one seed share: problems, the fine-tuned model, solutions, pits."""
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.seed, self.folder = args, seed, args.output_dir / f"seed{seed}"
+        self.difficulty = Difficulty(args.min_steps, args.max_steps, 3 if args.smoke else 9)
+        self.rows = [prompt_row(r) for r in chains(args.problems, seed=seed, difficulty=self.difficulty)]
+        base = self.folder / "base"
+        if not (base / "config.json").exists():
+            save_arithmetic(base, seed)
+        self.sft = str(
+            fine_tune(
+                str(base), self.rows, self.folder / "sft", epochs=args.sft_epochs, learning_rate=args.sft_rate,
+                batch_size=64, max_length=256, seed=seed, disable_tqdm=True, logging_steps=1000,
+            )
+        )  # fmt: skip
+        self.verifier = ExactVerifier(pattern=ANSWER_PATTERN)
+        self.params = SamplingParams(max_tokens=MAX_TOKENS, seed=seed)
+        self.explored = [{k: r[k] for k in ("prompt", "answer", "question")} for r in self.rows[: args.explored]]
+
+    def sampler(self) -> Any:
+        model, tokenizer = load_model(self.sft)
+        return HFSampler(model, tokenizer, batch_size=256, policy=f"sft {self.seed}")
+
+    def solved(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Accuracy on validation and test problems, four samples of each."""
+        sampler, found = HFSampler(model, tokenizer, batch_size=256), {}
+        for split, n in (("validation", self.args.test // 2), ("test", self.args.test)):
+            rows = [prompt_row(r) for r in chains(n, seed=self.seed, split=split, difficulty=self.difficulty)]
+            rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]
+            metrics = solve(sampler, self.verifier, rows, n=4, params=self.params).metrics
+            found |= {split: metrics["accuracy"], f"{split} pass@4": metrics["pass@4"]}
+        return found
+
+    # --- samples, each kind drawn once and kept ---
+
+    def stores(self, name: str) -> tuple[RecordStore, RecordStore]:
+        return RecordStore(self.folder / name), RecordStore(self.folder / name, "verdicts")
+
+    def drawn(self, name: str, n: int) -> int:
+        """Draw and score `n` solutions of every explored problem; returns their tokens."""
+        rollouts, verdicts = self.stores(name)
+        with rollouts, verdicts:
+            generate(rollouts, self.sampler(), self.explored, n, self.params, part=512)
+            verify(rollouts, verdicts, self.verifier, name=NAME, part=512)
+        return sum(len(r["completion_ids"]) for r in RecordStore(self.folder / name))
+
+    def searched(self, search: Search, name: str, outcomes: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Judged solutions; what the search cost is written beside them."""
+        self.drawn("store", self.args.samples)
+        rollouts, verdicts = self.stores("store")
+        sampler, folder = self.sampler(), self.folder / "store"
+        with verdicts, RecordStore(folder, f"continuations-{name}") as drawn, RecordStore(folder, name) as judged:
+            found = list(
+                solutions(rollouts, verdicts, NAME, sampler.tokenizer, split_lines, outcomes=outcomes, per_prompt=4)
+            )
+            states = StateRollouts(sampler, self.verifier, rollouts, drawn, verdicts, self.params, name=NAME, part=512)
+            locate(judged, found, states, search)
+        return list(RecordStore(folder, name))
+
+    def budget(self) -> int:
+        """Tokens that per-step DPO draws: solutions, and rollouts of a bisection."""
+        path = self.folder / "budget.json"
+        if not path.exists():
+            self.pits()
+            stores = [RecordStore(self.folder / "store", n) for n in ("rollouts", "continuations-binary")]
+            write_json(path, sum(len(r["completion_ids"]) for store in stores for r in store))
+        return read_json(path)
+
+    def pits(self) -> list[dict[str, Any]]:
+        return self.searched(Search("binary", self.args.num_rollouts), "binary", ("wrong",))
+
+    def more(self) -> tuple[list[dict[str, Any]], int]:
+        """Solutions for the arms without rollouts from steps: as many tokens as `budget`."""
+        first = self.drawn("store", self.args.samples)
+        n = max(self.args.samples, round(self.args.samples * self.budget() / first))
+        tokens = self.drawn("more", n)
+        rollouts, verdicts = self.stores("more")
+        outcome = {v["rollout"]: v["outcome"] for v in verdicts}
+        return [{**r, "outcome": outcome[r["key"]]} for r in rollouts], tokens
+
+
+# --- Arms: (start, rate) -> metrics -----------------------------------------------------------------------------------
+
+
+def settings(start: Start, rate: float, name: str) -> dict[str, Any]:
+    args = start.args
+    return {
+        **{"output_dir": str(start.folder / "runs" / f"{name} {rate:g}"), "learning_rate": rate},
+        **{"max_steps": args.steps, "per_device_train_batch_size": args.batch, "seed": start.seed},
+        **{"lr_scheduler_type": "linear", "warmup_steps": 0.1, "save_strategy": "no", "report_to": "none"},
+        **{"logging_steps": max(1, args.steps // 4), "disable_tqdm": True, "use_cpu": True, "weight_decay": 0.0},
+        **{"prefix_sharing": "off"},
+    }
+
+
+def finished(start: Start, trainer: Any, tokens: int) -> dict[str, float]:
+    trainer.train()
+    bad = any(math.isnan(row.get("loss", 0.0)) for row in trainer.state.log_history)
+    found = (
+        dict.fromkeys(("validation", "test"), math.nan)
+        if bad
+        else start.solved(trainer.model, trainer.processing_class)
+    )
+    return {**found, "tokens_sampled": tokens, "gradient_steps": trainer.state.global_step}
+
+
+def with_advantages(start: Start, rate: float, name: str, rows: list, tokens: int, **more: Any) -> dict[str, float]:
+    model, tokenizer = load_model(start.sft)
+    args = AdvantageConfig(**{**settings(start, rate, name), **more})
+    return finished(start, AdvantageTrainer(model, args, rows, processing_class=tokenizer), tokens)
+
+
+def with_pairs(start: Start, rate: float, name: str, pairs: list, tokens: int, **more: Any) -> dict[str, float]:
+    model, tokenizer = load_model(start.sft)
+    args = PreferenceConfig(**{**settings(start, rate, name), "reference": "cached", **more})
+    return finished(start, PreferenceTrainer(model, args, pairs, processing_class=tokenizer), tokens)
+
+
+def continued_sft(start: Start, rate: float) -> dict[str, float]:
+    rows = [{"prompt": r["prompt"], "completion": r["completion"], "advantage": 1.0} for r in start.rows]
+    return with_advantages(start, rate, "sft", rows, start.budget())  # draws nothing; counted as if it had
+
+
+def rft(start: Start, rate: float) -> dict[str, float]:
+    """Distinct correct solutions of the model itself."""
+    found, tokens = start.more()
+    rows = {(r["prompt"], r["text"]): r for r in found if r["outcome"] == "correct"}.values()
+    rows = [{"prompt_ids": r["prompt_ids"], "completion_ids": r["completion_ids"], "advantage": 1.0} for r in rows]
+    return with_advantages(start, rate, "rft", rows, tokens)
+
+
+def trajectory_dpo(start: Start, rate: float) -> dict[str, float]:
+    """Every wrong solution against a correct one of the same problem, in turn."""
+    found, tokens = start.more()
+    pairs, by_prompt = [], {}
+    for record in found:
+        by_prompt.setdefault(record["prompt"], {}).setdefault(record["outcome"], []).append(record)
+    for group in by_prompt.values():
+        right, wrong = group.get("correct", []), group.get("wrong", [])
+        pairs += [
+            {
+                "prompt_ids": w["prompt_ids"],
+                "chosen_ids": right[i % len(right)]["completion_ids"],
+                "rejected_ids": w["completion_ids"],
+            }
+            for i, w in enumerate(wrong[:4])
+            if right
+        ]
+    return with_pairs(start, rate, "dpo", pairs, tokens, loss_type="dpo")
+
+
+def per_step_dpo(start: Start, rate: float, loss_type: str = "step_dpo") -> dict[str, float]:
+    judged = start.pits()
+    folder = start.folder / "store"
+    stores = [RecordStore(folder), RecordStore(folder, "continuations-binary")]
+    tokenizer, verdicts = load_model(start.sft)[1], RecordStore(folder, "verdicts")
+    pairs = list(pit_pairs(judged, stores, verdicts, NAME, tokenizer, split_lines))
+    return with_pairs(start, rate, loss_type, pairs, start.budget(), loss_type=loss_type)
+
+
+def advantage_mc(start: Start, rate: float) -> dict[str, float]:
+    """Monte-Carlo advantages of all steps of right and wrong solutions."""
+    judged = start.searched(Search("all", start.args.num_rollouts), "all", ("wrong", "correct"))
+    stores = [RecordStore(start.folder / "store", n) for n in ("rollouts", "continuations-all")]
+    tokens = sum(len(r["completion_ids"]) for store in stores for r in store)
+    return with_advantages(start, rate, "mc", list(advantage_rows(judged)), tokens, loss_type="topr")
+
+
+def advantage_labels(start: Start, rate: float) -> dict[str, float]:
+    """True step labels of as many solutions as the other arms draw: +1 up to the first error, -1 for it."""
+    found, tokens = start.more()
+    tokenizer, rows = load_model(start.sft)[1], []
+    for record in found:
+        if record["outcome"] == "unscored":
+            continue
+        solution = next(iter(cut([record], tokenizer)))
+        wrong = first_wrong_step(record["columns"], record["text"])
+        labels = labels_from_first_error(
+            -1 if wrong is None else min(wrong, len(solution.steps) - 1), len(solution.steps)
+        )
+        rows.append(
+            {
+                **{name: record[name] for name in ("prompt_ids", "completion_ids")},
+                **{"step_ends": solution.steps.ends, "step_advantages": advantages_from_labels(labels)},
+                **{"behaviour_logps": record["logps"], "temperature": record["temperature"]},
+            }
+        )
+    return with_advantages(start, rate, "labels", rows, tokens, loss_type="topr")
+
+
+def on_policy(start: Start, rate: float, name: str, **more: Any) -> dict[str, float]:
+    """Fresh samples at every step, as many tokens in all as the others draw before."""
+    model, tokenizer = load_model(start.sft)
+    args = AdvantageConfig(**{**settings(start, rate, name), **completions(start), **more})
+    kwargs = {"sampler": partial(HFSampler, batch_size=256), "verifier": start.verifier, "processing_class": tokenizer}
+    trainer = AdvantageTrainer(model, args, start.explored, **kwargs)
+    found = finished(start, trainer, 0)
+    return {**found, "tokens_sampled": trainer.on_policy.state.tokens}
+
+
+def completions(start: Start) -> dict[str, Any]:
+    """Settings of a step that draws its part of the budget."""
+    drawn = start.drawn("store", start.args.samples)
+    length = drawn / (start.args.samples * len(start.explored))
+    batch = max(8, round(start.budget() / length / start.args.steps / 8) * 8)
+    return {
+        **{"per_device_train_batch_size": batch, "num_generations": 8, "max_completion_length": MAX_TOKENS},
+        **{"max_empty_rounds": 0, "gradient_norms_every": 0, "attest_every": 0},
+    }
+
+
+def trl_grpo(start: Start, rate: float) -> dict[str, float]:
+    """TRL's GRPOTrainer as it comes, on the same prompts and rewards."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = load_model(start.sft)
+    tokens = Counter()
+
+    def reward(prompts: list, completions: list, completion_ids: list, answer: list, **columns: Any) -> list:
+        tokens["drawn"] += sum(map(len, completion_ids))
+        return [v.score for v in start.verifier.verify(prompts, completions, answer=answer)]
+
+    wanted = {**settings(start, rate, "grpo"), **completions(start)}
+    wanted = {k: v for k, v in wanted.items() if k in GRPOConfig.__dataclass_fields__}
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(**wanted, bf16=False, gradient_checkpointing=False),
+        train_dataset=Dataset.from_list(start.explored),
+        reward_funcs=reward,
+        processing_class=tokenizer,
+    )
+    found = finished(start, trainer, 0)
+    return {**found, "tokens_sampled": tokens["drawn"]}
+
+
+def cut(records: list[Mapping[str, Any]], tokenizer: Any) -> list[Solution]:
+    from negtune.data.steps import token_steps
+
+    return [
+        Solution(
+            r["key"], r["prompt"], r["prompt_ids"], r["completion_ids"], r["logps"], r["columns"], None,
+            token_steps(r["completion_ids"], tokenizer, split_lines),
+        )
+        for r in records
+    ]  # fmt: skip
+
+
+def agreement(start: Start) -> dict[str, float]:
+    """How often Monte-Carlo pits are the first wrong line, and what they cost, by strategy."""
+    found = {}
+    for strategy in ("all", "adaptive", "scan", "binary"):
+        search = Search(strategy, start.args.num_rollouts)
+        judged = start.searched(
+            search, "all" if strategy == "all" else strategy, ("wrong", "correct") if strategy == "all" else ("wrong",)
+        )
+        judged = [r for r in judged if r["outcome"] is False]
+        pits = [r for r in judged if r["pit"] is not None]
+        right = [r for r in pits if r["pit"] - 1 == first_wrong_step(r["columns"], "".join(r["steps"]))]
+        found[f"{strategy}: agreement"] = len(right) / max(1, len(pits))
+        found[f"{strategy}: pits"] = len(pits)
+        found[f"{strategy}: rollouts per pit"] = sum(r["num_rollouts"] for r in pits) / max(1, len(pits))
+        found[f"{strategy}: tokens per pit"] = sum(r["tokens"] for r in pits) / max(1, len(pits))
+    return found
+
+
+SUPERVISED, PREFERENCE, POLICY = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+ARMS = {
+    "continued SFT": (continued_sft, SUPERVISED),
+    "RFT": (rft, SUPERVISED),
+    "trajectory DPO": (trajectory_dpo, PREFERENCE),
+    "per-step DPO": (per_step_dpo, PREFERENCE),
+    "per-step DPO, whole continuation": (partial(per_step_dpo, loss_type="dpo"), PREFERENCE),
+    "advantage, labels": (advantage_labels, POLICY),
+    "advantage, Monte-Carlo": (advantage_mc, POLICY),
+    "NSR, on-policy": (partial(on_policy, name="nsr", loss_type="nsr", baseline="none", positive_weight=1.0), POLICY),
+    "W-REINFORCE, on-policy": (partial(on_policy, name="w", loss_type="w_reinforce"), POLICY),
+    "GRPO (TRL)": (trl_grpo, POLICY),
+}
+
+
+def main() -> None:
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.smoke:
+        args.problems, args.explored, args.samples, args.num_rollouts = 100, 24, 4, 4
+        args.min_steps, args.max_steps, args.sft_epochs, args.sft_rate = 1, 2, 30, 5e-3
+        args.steps, args.batch, args.test, args.seeds = 3, 8, 8, args.seeds[:2]
+    starts: dict[int, Start] = {}
+
+    def start(seed: int) -> Start:
+        return starts.setdefault(seed, Start(args, seed))
+
+    chosen = {name: arm for name, arm in ARMS.items() if not args.arms or name in args.arms}
+    arms = [
+        Arm(name, lambda rate, seed, run=run: run(start(seed), rate), rates) for name, (run, rates) in chosen.items()
+    ]
+    fixed = {k: v for k, v in vars(args).items() if k not in ("output_dir", "seeds", "arms")}
+    found = compare(
+        arms,
+        lambda seed: start(seed).solved(*load_model(start(seed).sft)),
+        seeds=args.seeds,
+        sweep_seed=0,
+        metric="validation",
+        folder=args.output_dir,
+        baseline="continued SFT" if "continued SFT" in chosen else "do nothing",
+        settings=fixed,
+        worst=0.0,
+    )
+    located = [{"seed": seed, **agreement(start(seed))} for seed in args.seeds]
+    write_jsonl(args.output_dir / "pits.jsonl", located)
+    text = found.markdown() + "\nMonte-Carlo pits against the first wrong line (mean over seeds):\n\n"
+    text += "\n".join(f"- {k}: {sum(r[k] for r in located) / len(located):.3g}" for k in located[0] if k != "seed")
+    (args.output_dir / "compare.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_recipe(main, resume="the same command goes on where it was")

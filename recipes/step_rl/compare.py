@@ -111,7 +111,9 @@ class Start:
             verify(rollouts, verdicts, self.verifier, name=NAME, part=512)
         return sum(len(r["completion_ids"]) for r in RecordStore(self.folder / name))
 
-    def searched(self, search: Search, name: str, outcomes: tuple[str, ...]) -> list[dict[str, Any]]:
+    def searched(
+        self, search: Search, name: str, outcomes: tuple[str, ...], first: int | None = None
+    ) -> list[dict[str, Any]]:
         """Judged solutions; what the search cost is written beside them."""
         self.drawn("store", self.args.samples)
         rollouts, verdicts = self.stores("store")
@@ -121,7 +123,7 @@ class Start:
                 solutions(rollouts, verdicts, NAME, sampler.tokenizer, split_lines, outcomes=outcomes, per_prompt=4)
             )
             states = StateRollouts(sampler, self.verifier, rollouts, drawn, verdicts, self.params, name=NAME, part=512)
-            locate(judged, found, states, search)
+            locate(judged, found[:first], states, search)
         return list(RecordStore(folder, name))
 
     def budget(self) -> int:
@@ -135,6 +137,18 @@ class Start:
 
     def pits(self) -> list[dict[str, Any]]:
         return self.searched(Search("binary", self.args.num_rollouts), "binary", ("wrong",))
+
+    def valued(self) -> tuple[list[dict[str, Any]], int]:
+        """Values of all steps of as many solutions as `budget` allows, right and wrong ones as they come."""
+        search, done = Search("all", self.args.num_rollouts), 0
+        spent = self.drawn("store", self.args.samples)
+        while True:
+            done += 32
+            judged = self.searched(search, "values", ("wrong", "correct"), first=done)
+            drawn = RecordStore(self.folder / "store", "continuations-values")
+            tokens = spent + sum(len(r["completion_ids"]) for r in drawn)
+            if tokens >= self.budget() or len(judged) < done:
+                return judged, tokens
 
     def more(self) -> tuple[list[dict[str, Any]], int]:
         """Solutions for the arms without rollouts from steps: as many tokens as `budget`."""
@@ -227,9 +241,7 @@ def per_step_dpo(start: Start, rate: float, loss_type: str = "step_dpo") -> dict
 
 def advantage_mc(start: Start, rate: float) -> dict[str, float]:
     """Monte-Carlo advantages of all steps of right and wrong solutions."""
-    judged = start.searched(Search("all", start.args.num_rollouts), "all", ("wrong", "correct"))
-    stores = [RecordStore(start.folder / "store", n) for n in ("rollouts", "continuations-all")]
-    tokens = sum(len(r["completion_ids"]) for store in stores for r in store)
+    judged, tokens = start.valued()
     return with_advantages(start, rate, "mc", list(advantage_rows(judged)), tokens, loss_type="topr")
 
 
@@ -318,10 +330,7 @@ def agreement(start: Start) -> dict[str, float]:
     found = {}
     for strategy in ("all", "adaptive", "scan", "binary"):
         search = Search(strategy, start.args.num_rollouts)
-        judged = start.searched(
-            search, "all" if strategy == "all" else strategy, ("wrong", "correct") if strategy == "all" else ("wrong",)
-        )
-        judged = [r for r in judged if r["outcome"] is False]
+        judged = start.searched(search, strategy, ("wrong",))
         pits = [r for r in judged if r["pit"] is not None]
         right = [r for r in pits if r["pit"] - 1 == first_wrong_step(r["columns"], "".join(r["steps"]))]
         found[f"{strategy}: agreement"] = len(right) / max(1, len(pits))

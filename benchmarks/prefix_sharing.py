@@ -1,4 +1,5 @@
-"""A DPO step of negtune against TRL's `DPOTrainer`: same weights, same pairs, same optimiser, float32 in both.
+"""A DPO step of negtune against TRL's `DPOTrainer`: same weights, same pairs, same optimiser, float32 in both
+(bf16 autocast in both on a GPU).
 
 a. ordinary pairs: a question, a right and a wrong solution.
 b. per-step pairs: a question and the first steps of its solution, then the right or a wrong next step.
@@ -60,8 +61,8 @@ MODES = {
 }
 DEFAULT_CASES, DEFAULT_MODES = ["a", "b", "c"], ["LoRA, adapter off", "LoRA, cached", "full, frozen copy"]
 ANSWERS = ("chosen", "rejected")
-AGREEMENT = 1e-4
-"""Largest difference of a step's losses. TRL rounds none of them, nor do we."""
+AGREEMENT = 2e-2 if torch.cuda.is_available() else 1e-4
+"""Largest difference of a step's losses: float32 on a CPU, where neither rounds any, and bf16 autocast on a GPU."""
 
 
 class Clock(TrainerCallback):

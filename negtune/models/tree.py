@@ -71,8 +71,8 @@ class PackedTrees:
 
         ends, (sequences, width) = self.ends, self.input_ids.shape
 
-        def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (query < ends[batch, key])
+        # a lambda, which no import hook wraps: torch counts its arguments
+        attends = lambda batch, head, query, key: (key <= query) & (query < ends[batch, key])  # noqa: E731
 
         return create_block_mask(attends, sequences, None, width, width, device=str(ends.device))
 

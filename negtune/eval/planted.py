@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens of a sequence, M matched-prefix states (the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -308,3 +308,27 @@ def trajectory_pairs_loss(
     chosen = right.where(torch.randint(len(right.success), (len(rejected.success),), generator=generator))
     ref = policy.log()
     return lambda logps: dpo(chosen.scored_by(logps, ref), rejected.scored_by(logps, ref), beta=beta).mean()
+
+
+def offline_successes(seed: int, *, responses: int, lrs: Sequence[float], steps: int = 300) -> dict[str, float]:
+    """Success after each offline method at each learning rate, from `responses` of mu_40, all with the same steps.
+
+    "RFT, equal samples" draws as many more responses as the rollouts that the step pairs cost would have been.
+    """
+    task, generator = random_automaton(seed), torch.Generator().manual_seed(seed)
+    policy = prover(task, 40.0)
+    drawn = sample(task, policy, torch.zeros(responses, dtype=torch.int64), generator)
+    pairs = first_pit_pairs(task, policy, drawn, generator)
+    right = drawn.where(drawn.success)
+    more = sample(task, policy, torch.zeros(responses + pairs.rollouts, dtype=torch.int64), generator)
+    losses = {
+        "RFT": positives_loss(right),
+        "RFT, equal samples": positives_loss(more.where(more.success)),
+        "per-step DPO": step_pairs_loss(pairs, policy),
+        "trajectory DPO": trajectory_pairs_loss(drawn, policy, generator),
+    }
+    found = {"start": values(task, policy).success, "RFT, limit": values(task, counted(task, policy, right)).success}
+    for name, loss in losses.items():
+        for lr in lrs:
+            found[f"{name} @ {lr:g}"] = values(task, descend(policy.log(), loss, lr=lr, steps=steps)).success
+    return found

@@ -241,6 +241,7 @@ class Sizes:
     under_steps: int = 200
     over_steps: int = 1500
     steps: int = 500
+    rows: int = 64
 
 
 @dataclass(frozen=True)
@@ -253,10 +254,11 @@ class Seed:
     seen: dict[str, Score]  # on the graphs of SFT
     before: dict[str, Score]  # on the test graphs
 
-    def scores(self, start: str, arm: Arm, *, lr: float, steps: int) -> Score:
+    def after(self, start: str, arm: Arm, sizes: Sizes, *, lr: float) -> Score:
         """On the test graphs, after going on from `start`."""
         generator = torch.Generator().manual_seed(0)
-        return score(train(self.starts[start], self.drawn[start], arm, generator, lr=lr, steps=steps), self.test)
+        model, data = self.starts[start], self.drawn[start]
+        return score(train(model, data, arm, generator, lr=lr, steps=sizes.steps, rows=sizes.rows), self.test)
 
 
 def prepare(seed: int, sizes: Sizes) -> Seed:
@@ -268,16 +270,16 @@ def prepare(seed: int, sizes: Sizes) -> Seed:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = PathModel()
-    under = _sft(fresh, sft, generator, sizes.under_steps)
+    under = _sft(fresh, sft, generator, sizes.under_steps, sizes.rows)
     starts = {
         "under-trained": under,
-        "over-trained": _sft(under, sft, generator, sizes.over_steps - sizes.under_steps),
+        "over-trained": _sft(under, sft, generator, sizes.over_steps - sizes.under_steps, sizes.rows),
     }
     drawn = {name: draw_batch(model, pool, generator) for name, model in starts.items()}
     on_sft, on_test = ({name: score(model, graphs) for name, model in starts.items()} for graphs in (sft, test))
     return Seed(test, starts, drawn, seen=on_sft, before=on_test)
 
 
-def _sft(model: PathModel, stars: Stars, generator: torch.Generator, steps: int) -> PathModel:
+def _sft(model: PathModel, stars: Stars, generator: torch.Generator, steps: int, rows: int) -> PathModel:
     data = draw_batch(model, stars, generator)
-    return train(model, data, ARMS["continued SFT"], generator, lr=1e-3, steps=steps)
+    return train(model, data, ARMS["continued SFT"], generator, lr=1e-3, steps=steps, rows=rows)

@@ -185,9 +185,10 @@ def test_score_by_hand():
 
 
 def test_the_over_trained_start_knows_sfts_graphs_and_guesses_on_others():
-    seed = prepare(0, Sizes(150, 50, 300, under_steps=20, over_steps=110))
+    sizes = Sizes(100, 50, 300, under_steps=20, over_steps=150, rows=16)
+    seed = prepare(0, sizes)
     assert seed.seen["under-trained"].first < 0.6
     assert seed.seen["over-trained"].first > 0.8
     assert seed.before["over-trained"].first < 0.6
     assert seed.drawn["over-trained"].answers.shape == (50, 3)
-    assert seed.scores("over-trained", ARMS["continued SFT"], lr=0.0, steps=5) == seed.before["over-trained"]
+    assert seed.after("over-trained", ARMS["push-down"], sizes, lr=0.0) == seed.before["over-trained"]

@@ -1,22 +1,29 @@
-"""The recipe of the didactic experiments on step-level credit runs end to end."""
+"""The recipes of the didactic experiments on step-level credit run end to end."""
 
 import json
 import runpy
 import sys
 from pathlib import Path
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "step_rl" / "theory.py"
+RECIPES = Path(__file__).parents[2] / "recipes" / "step_rl"
 
 
-def test_recipe_writes_numbers_and_a_plot(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--smoke", "--seeds", "1", "--output_dir", str(out)])
-    runpy.run_path(str(RECIPE), run_name="__main__")
-    planted, forms, stars = (
-        json.loads((out / f"{part}.json").read_text()) for part in ("planted", "closed_forms", "star_graph")
-    )
-    assert len(planted["online"]["outcome @ 16"]["0.9"]) == 1  # one number per seed
-    assert "per-step DPO @ 10, 50 responses, 20 steps" in planted["offline"]
-    assert {"shortcut L=5 d=3, RFT", "entropy, token 0 down", "tilt, beta 0.1"} <= forms.keys()
-    assert stars["over-trained, push-down, on-policy"]["lr"] == 1e-3
-    assert (out / "theory.png").stat().st_size > 10_000
+def run(name: str, folder: Path, monkeypatch, *flags: str) -> dict:
+    script = str(RECIPES / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, "--smoke", "--seeds", "1", "--output_dir", str(folder), *flags])
+    runpy.run_path(script, run_name="__main__")
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_theory_writes_numbers_and_a_plot(tmp_path, monkeypatch):
+    results = run("theory", tmp_path, monkeypatch)
+    assert len(results["outcome @ 16"]["to 90 %"]) == 1  # one number per seed
+    assert {"50 responses, per-step DPO @ 10", "L=5 d=3, RFT", "entropy, token 0 down"} <= results.keys()
+
+
+def test_star_graph_writes_numbers_and_a_plot(tmp_path, monkeypatch):
+    results = run("star_graph", tmp_path, monkeypatch, "--lrs", "1e-4", "1e-3")
+    assert len(results["under-trained"]["after"]) == 1
+    arm = results["over-trained, push-down, on-policy"]
+    assert f"{arm['lr']:g}" == max(arm["swept"], key=lambda lr: arm["swept"][lr]["success"])

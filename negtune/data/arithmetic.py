@@ -68,6 +68,8 @@ class Difficulty:
 
 
 DEFAULT_DIFFICULTY = Difficulty()
+START_DIFFICULTY = Difficulty(min_steps=3, max_steps=5)
+"""Of the model that `negtune.models.arithmetic.START_TRAINING` gives: long enough for errors at many places."""
 
 
 def chains(n: int, *, seed: int = 0, split: str = "train", difficulty: Difficulty = DEFAULT_DIFFICULTY) -> list[Row]:

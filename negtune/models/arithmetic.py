@@ -19,6 +19,27 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 352
 HIDDEN, LAYERS = 128, 4  # 701,568 weights
 
+START_PROBLEMS = 400
+START_TRAINING = {"epochs": 60, "learning_rate": 2e-3, "batch_size": 16, "max_length": 128}
+"""Settings of `fine_tune` under which `START_PROBLEMS` chains of `START_DIFFICULTY` make a model that is right in about
+two of five: where arms of an experiment start.
+
+Accuracy on 1,024 chains of the validation split, temperature 1, at most 64 tokens, after 24,000 rows seen (1,500 steps) whatever the
+number of problems; the seed is that of the weights, the problems and the training. CPU, one core, float32, transformers
+5.17, TRL 1.16, 2026-11-26: 204 to 214 s for a training, 5 to 8 s for the 1,024 samples.
+
+| problems | epochs | seed 0 | seed 1 | seed 2 |
+|---|---|---|---|---|
+| 250 | 96 | .194 | | |
+| 400 | 60 | .423 | .422 | |
+| 500 | 48 | .522 | .601 | .608 |
+| 1,000 | 24 | .795 | | |
+
+Fewer steps leave a model whose accuracy is decided by when it learns to copy and to add, not by its problems: after
+16,000 rows 1,000, 4,000 and 16,000 problems gave .438, .399 and .656. The model has seen its own problems 60 times;
+those of a later stage should be new: `chains(START_PROBLEMS + n, ...)[START_PROBLEMS:]`.
+"""
+
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose merges never cross a digit or a line break: any text round-trips, `<pad>` is not the EOS.

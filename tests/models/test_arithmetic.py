@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from negtune.data.arithmetic import chains, prompt_row
+from negtune.data.arithmetic import START_DIFFICULTY, chains, prompt_row
 from negtune.data.completions import tokenize_row
-from negtune.models.arithmetic import arithmetic_lm, arithmetic_tokenizer, save_arithmetic
+from negtune.models.arithmetic import START_TRAINING, arithmetic_lm, arithmetic_tokenizer, save_arithmetic
 
 
 def test_tokenizer_round_trips_the_task_and_any_other_text():
@@ -78,3 +78,15 @@ def test_a_saved_folder_loads_offline_with_the_same_logits(tmp_path):
         expected = arithmetic_lm(3, hidden=64, layers=1)(ids).logits
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
     assert tokenizer.eos_token == "<|end|>"
+
+
+def test_the_start_can_be_trained_without_cutting_a_row(tmp_path):
+    from negtune.trainers.finetune import fine_tune
+
+    base, rows = save_arithmetic(tmp_path / "base", hidden=32, layers=1), chains(200, difficulty=START_DIFFICULTY)
+    tokenizer = arithmetic_tokenizer()
+    lengths = [tokenize_row(prompt_row(row), tokenizer) for row in rows]
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in lengths)
+    assert longest <= START_TRAINING["max_length"]
+    folder = fine_tune(str(base), [prompt_row(rows[0])], tmp_path / "start", **{**START_TRAINING, "epochs": 1})
+    assert (folder / "model.safetensors").is_file()

@@ -1,12 +1,13 @@
-"""Does pushing down exactly the wrong step help? Nine ways to learn from the same problems, fairly compared.
+"""Does pushing down exactly the wrong step help? Ten ways to learn from the same problems, fairly compared.
 
 Paper       RL on Incorrect Synthetic Data, https://arxiv.org/abs/2406.14532 (figures on data efficiency); NSR and
             W-REINFORCE, https://arxiv.org/abs/2506.01347
 Data        Made-up arithmetic chains; a Llama of 0.7 million weights that learns them from nothing, per seed.
-Fair        Every arm starts from the same fine-tuned model of its seed, learns from the same problems, takes the same
-            number of optimiser steps and draws as many tokens as per-step DPO needs for solutions and rollouts. Rates
-            are swept per arm with the same budget on one seed, by accuracy on validation problems, and confirmed on
-            fresh seeds; the table shows test problems. Doing nothing and continued SFT are in it.
+Fair        Every arm starts from the same fine-tuned model of its seed, learns from the same new problems (whose
+            answers it knows, not their solutions), takes the same number of optimiser steps and draws as many tokens
+            as per-step DPO needs for solutions and rollouts. Rates are swept per arm with the same budget on one seed,
+            by accuracy on validation problems, and confirmed on fresh seeds; the table shows test problems. Doing
+            nothing and continued SFT are in it.
 Expected    The paper, on 7B models: per-step DPO as good as SFT on eight times the problems, trajectory DPO no better
             than SFT. On toys such orderings vanished under these controls before.
 Measured    recipes/LOG.md
@@ -29,11 +30,11 @@ import torch
 from negtune import AdvantageConfig, AdvantageTrainer, HFSampler, PreferenceConfig, PreferenceTrainer, SamplingParams
 from negtune.cli.recipe import run_recipe
 from negtune.credit import advantages_from_labels, labels_from_first_error
-from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, first_wrong_step, prompt_row
+from negtune.data.arithmetic import ANSWER_PATTERN, START_DIFFICULTY, Difficulty, chains, first_wrong_step, prompt_row
 from negtune.data.steps import split_lines
 from negtune.eval.compare import Arm, compare
 from negtune.eval.solving import solve
-from negtune.models.arithmetic import save_arithmetic
+from negtune.models.arithmetic import START_PROBLEMS, START_TRAINING, save_arithmetic
 from negtune.models.load import load_model
 from negtune.records import read_json, write_json, write_jsonl
 from negtune.rollouts.collect import generate, verify
@@ -48,13 +49,13 @@ NAME = "answer"
 MAX_TOKENS = 80
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output_dir", type=Path, required=True)
-parser.add_argument("--problems", type=int, default=1024, help="synthetic problems: of the SFT and of all arms")
-parser.add_argument("--sft_epochs", type=float, default=20)
-parser.add_argument("--sft_rate", type=float, default=3e-3)
-parser.add_argument("--min_steps", type=int, default=2)
-parser.add_argument("--max_steps", type=int, default=4)
-parser.add_argument("--samples", type=int, default=8, help="solutions of each problem, before rollouts")
-parser.add_argument("--explored", type=int, default=256, help="problems of which solutions are drawn")
+parser.add_argument("--problems", type=int, default=START_PROBLEMS, help="solved problems to fine-tune on")
+parser.add_argument("--sft_epochs", type=float, default=START_TRAINING["epochs"])
+parser.add_argument("--sft_rate", type=float, default=START_TRAINING["learning_rate"])
+parser.add_argument("--min_steps", type=int, default=START_DIFFICULTY.min_steps)
+parser.add_argument("--max_steps", type=int, default=START_DIFFICULTY.max_steps)
+parser.add_argument("--samples", type=int, default=8, help="solutions of each new problem, before rollouts")
+parser.add_argument("--explored", type=int, default=256, help="new problems, of which solutions are drawn")
 parser.add_argument("--num_rollouts", type=int, default=8)
 parser.add_argument("--steps", type=int, default=100, help="optimiser steps of every arm")
 parser.add_argument("--batch", type=int, default=32, help="completions, or pairs, of a step")
@@ -70,19 +71,17 @@ class Start:
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.args, self.seed, self.folder = args, seed, args.output_dir / f"seed{seed}"
         self.difficulty = Difficulty(args.min_steps, args.max_steps, 3 if args.smoke else 9)
-        self.rows = [prompt_row(r) for r in chains(args.problems, seed=seed, difficulty=self.difficulty)]
+        made = chains(args.problems + args.explored, seed=seed, difficulty=self.difficulty)
+        rows = [prompt_row(row) for row in made]
+        self.rows, self.new = rows[: args.problems], rows[args.problems :]
         base = self.folder / "base"
         if not (base / "config.json").exists():
             save_arithmetic(base, seed)
-        self.sft = str(
-            fine_tune(
-                str(base), self.rows, self.folder / "sft", epochs=args.sft_epochs, learning_rate=args.sft_rate,
-                batch_size=64, max_length=256, seed=seed, disable_tqdm=True, logging_steps=1000,
-            )
-        )  # fmt: skip
+        training = {**START_TRAINING, "epochs": args.sft_epochs, "learning_rate": args.sft_rate}
+        self.sft = str(fine_tune(str(base), self.rows, self.folder / "sft", seed=seed, disable_tqdm=True, **training))
         self.verifier = ExactVerifier(pattern=ANSWER_PATTERN)
         self.params = SamplingParams(max_tokens=MAX_TOKENS, seed=seed)
-        self.explored = [{k: r[k] for k in ("prompt", "answer", "question")} for r in self.rows[: args.explored]]
+        self.explored = [{k: r[k] for k in ("prompt", "answer", "question")} for r in self.new]
 
     def sampler(self) -> Any:
         model, tokenizer = load_model(self.sft)
@@ -197,9 +196,12 @@ def with_pairs(start: Start, rate: float, name: str, pairs: list, tokens: int, *
     return finished(start, PreferenceTrainer(model, args, pairs, processing_class=tokenizer), tokens)
 
 
-def continued_sft(start: Start, rate: float) -> dict[str, float]:
-    rows = [{"prompt": r["prompt"], "completion": r["completion"], "advantage": 1.0} for r in start.rows]
-    return with_advantages(start, rate, "sft", rows, start.budget())  # draws nothing; counted as if it had
+def sft(start: Start, rate: float, new: bool) -> dict[str, float]:
+    """More of the same, or the true solutions of the new problems, which no other arm sees. Draws nothing; its budget
+    counts as spent."""
+    solved = start.new if new else start.rows
+    rows = [{"prompt": r["prompt"], "completion": r["completion"], "advantage": 1.0} for r in solved]
+    return with_advantages(start, rate, "sft new" if new else "sft", rows, start.budget())
 
 
 def rft(start: Start, rate: float) -> dict[str, float]:
@@ -342,7 +344,8 @@ def agreement(start: Start) -> dict[str, float]:
 
 SUPERVISED, PREFERENCE, POLICY = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 ARMS = {
-    "continued SFT": (continued_sft, SUPERVISED),
+    "continued SFT": (partial(sft, new=False), SUPERVISED),
+    "SFT on new solutions": (partial(sft, new=True), SUPERVISED),
     "RFT": (rft, SUPERVISED),
     "trajectory DPO": (trajectory_dpo, PREFERENCE),
     "per-step DPO": (per_step_dpo, PREFERENCE),

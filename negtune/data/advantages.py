@@ -3,7 +3,8 @@
 One column carries the credit, whoever gave it: `step_advantages`, a number per step, or None where a step was not
 judged. Text rows say what their steps are by `steps` (texts that join to the completion), tokenised rows by `step_ends`
 (index behind each step's last token); a completion with one `advantage` is one step. Step labels (`step_labels`: 1
-right, 0 or -1 wrong, None) are turned into advantages by `credit.advantages_from_labels`.
+right, 0 or -1 wrong, None) are turned into advantages by `credit.advantages_from_labels`; so is
+`first_error`, the index from 0 of the first wrong step or -1 (ProcessBench's label).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negtune.credit import advantages_from_labels
+from negtune.credit import advantages_from_labels, labels_from_first_error
 from negtune.data.completions import RowError, collate, tokenize_row
 from negtune.data.mapping import Overlong, convert_rows, room, tokenizer_digest
 from negtune.data.steps import StepError, joined_with, token_steps
 
 logger = logging.getLogger(__name__)
 
-CREDIT = ("step_advantages", "step_labels", "advantage")
+CREDIT = ("step_advantages", "step_labels", "first_error", "advantage")
 _FORMAT = 1  # of the tokenised rows: caches of another one are not read
 
 
@@ -42,8 +43,8 @@ def tokenize_advantages(
         data: `datasets.Dataset`, `datasets.IterableDataset`, or an iterable of rows, each with
 
             - `prompt` and `completion`, text or chat; or `prompt_ids` and `completion_ids`, taken as they are;
-            - one of `step_advantages`, `step_labels`, `advantage`; the first two with `steps` (texts; without a
-              `completion` they are joined by line ends) or `step_ends`;
+            - one of `step_advantages`, `step_labels`, `first_error`, `advantage`; all but the last with `steps` (texts;
+              without a `completion` they are joined by line ends) or `step_ends`;
             - optionally `finished`: False for a text that stops before its end and gets no EOS;
             - optionally, in tokenised rows, `behaviour_logps`, a number per token, and `temperature` of the draw.
         tokenizer: see `tokenize_row`.
@@ -121,7 +122,7 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
     ids = _token_ids(row, tokenizer)
     completion_ids = ids["completion_ids"]
     ends = _step_ends(row, completion_ids, tokenizer, kind)
-    credit = [row["advantage"]] if kind == "advantage" else list(row[kind])
+    credit = _credit_of(row, kind, len(ends))
     if len(credit) != len(ends):
         raise RowError(f"{len(credit)} {kind} for {len(ends)} steps; give one per step, None where not judged")
     if kind == "step_labels":
@@ -148,11 +149,32 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
         "step_ends": [min(end, length) for end in ends[:fit]],
         "step_advantages": [None if advantage is None else float(advantage) for advantage in kept],
         "behaviour_logps": None if behaviour is None else behaviour[:length],
-        "temperature": float(row.get("temperature") or 1.0),
+        "temperature": _temperature(row),
         "dropped": dropped,
         "truncated": too_long and not dropped,
         "unknown": not dropped and all(advantage is None for advantage in kept),
     }
+
+
+def _credit_of(row: Mapping[str, Any], kind: str, steps: int) -> list[Any]:
+    if kind == "advantage":
+        return [row["advantage"]]
+    if kind == "first_error":
+        try:
+            return list(advantages_from_labels(labels_from_first_error(int(row["first_error"]), steps)))
+        except ValueError as error:
+            raise RowError(str(error)) from None
+    given = list(row[kind])
+    if kind == "step_labels" and {0, -1} <= {label for label in given if type(label) is int}:
+        raise RowError("step_labels have 0 beside -1: where 0 is neutral, as in PRM800K, give None for it")
+    return given
+
+
+def _temperature(row: Mapping[str, Any]) -> float:
+    value = 1.0 if row.get("temperature") is None else float(row["temperature"])
+    if row.get("behaviour_logps") is not None and value <= 0:
+        raise RowError("behaviour_logps of a greedy draw (temperature 0) give no ratio; leave them out")
+    return value
 
 
 def _kind_of_credit(row: Mapping[str, Any]) -> str:

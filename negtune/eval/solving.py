@@ -51,27 +51,45 @@ def solve(
 
     In an evaluation a completion that never ends is a problem not solved: it counts as wrong here, and nowhere else.
     """
+    return summary(answered(sampler, verifier, rows, n=n, params=params), ks)
+
+
+Answer = list[tuple[Rollout, Verdict]]
+"""The completions of one row."""
+
+
+def answered(
+    sampler: Sampler, verifier: Verifier, rows: Sequence[Mapping[str, Any]], *, n: int, params: SamplingParams
+) -> list[Answer]:
+    """Scored completions of every row. Several processes may each take a part of the rows: see `solve`."""
     rows = list(rows)
     if not rows:
-        raise ValueError("there is no row to solve")
+        return []
     rollouts = sampler.sample([row["prompt"] for row in rows], n, params)
-    owners = [row for row in rows for _ in range(n)]
-    verdicts = _verdicts(verifier, rollouts, owners)
+    verdicts = _verdicts(verifier, rollouts, [row for row in rows for _ in range(n)])
+    pairs = list(zip(rollouts, verdicts, strict=True))
+    return [pairs[start : start + n] for start in range(0, len(pairs), n)]
+
+
+def summary(answers: Sequence[Answer], ks: Sequence[int] | None = None) -> Solved:
+    """What `answered` found, with its metrics."""
+    if not answers:
+        raise ValueError("there is no row to solve")
+    pairs, n = [pair for answer in answers for pair in answer], len(answers[0])
     tallies = []
-    for start in range(0, len(rollouts), n):
-        pairs = list(zip(rollouts[start : start + n], verdicts[start : start + n], strict=True))
-        correct = sum(v.outcome == "correct" for _, v in pairs)
-        wrong = sum(v.outcome == "wrong" or r.finish_reason == "length" for r, v in pairs)
+    for answer in answers:
+        correct = sum(v.outcome == "correct" for _, v in answer)
+        wrong = sum(v.outcome == "wrong" or r.finish_reason == "length" for r, v in answer)
         tallies.append(Tally(correct, wrong, n - correct - wrong))
-    scores = [v.score for v in verdicts if v.score is not None]
+    scores = [v.score for _, v in pairs if v.score is not None]
     values = [float(t.value) for t in tallies if t.value is not None]
-    lengths = [len(r.completion_ids) for r in rollouts]
-    cut = sum(r.finish_reason == "length" for r in rollouts)
+    lengths = [len(r.completion_ids) for r, _ in pairs]
+    cut = sum(r.finish_reason == "length" for r, _ in pairs)
     metrics = {
         "accuracy": _mean(values),
         "reward": _mean(scores),
-        "unscored": (len(verdicts) - len(scores) - cut) / len(verdicts),
-        "truncated": cut / len(rollouts),
+        "unscored": (len(pairs) - len(scores) - cut) / len(pairs),
+        "truncated": cut / len(pairs),
         "length": _mean(lengths),
         "tokens": float(sum(lengths)),
     }
@@ -80,7 +98,7 @@ def solve(
     for k in ks or [2**i for i in range(n.bit_length())]:
         passed = [best_of(tally, k) for tally in tallies]
         metrics[f"pass@{k}"] = _mean([float(p) for p in passed if p is not None])
-    return Solved(rollouts, verdicts, tallies, metrics)
+    return Solved([r for r, _ in pairs], [v for _, v in pairs], tallies, metrics)
 
 
 def _verdicts(verifier: Verifier, rollouts: Sequence[Rollout], owners: Sequence[Mapping[str, Any]]) -> list[Verdict]:

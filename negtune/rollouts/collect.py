@@ -145,10 +145,11 @@ def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: b
 
 def rollout_record(rollout: Rollout, row: Mapping[str, Any]) -> dict[str, Any]:
     """What a store keeps: the rollout, the other columns of its row, and whether it need not be drawn again."""
-    return {**vars(rollout), "columns": _columns(row), "final": rollout.finish_reason != "error"}
+    return {**vars(rollout), "columns": rollout_columns(row), "final": rollout.finish_reason != "error"}
 
 
-def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+def rollout_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what a request is made of: what a verifier may want to know."""
     return {name: strict(value) for name, value in row.items() if name not in ("prompt", "prefix")}
 
 
@@ -157,7 +158,7 @@ def _refuse_changed_columns(store: RecordStore, row_of: Mapping[str, int], rows:
         row = row_of.get(record["key"])
         if row is None:
             continue
-        now, then = _columns(rows[row]), record.get("columns", {})
+        now, then = rollout_columns(rows[row]), record.get("columns", {})
         changed = [name for name in {**now, **then} if now.get(name) != then.get(name)]
         if changed:
             name = changed[0]

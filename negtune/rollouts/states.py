@@ -103,6 +103,16 @@ class StateRollouts:
         self._seen: list[Verdict] = []
         self.drawn = self.drawn_tokens = 0
 
+    def context(self) -> dict[str, Any]:
+        """Everything that decides what a rollout is and how it is scored, besides its state."""
+        return {"policy": self._sampler.policy, "verifier": self._name, "draw": vars(self._params)}
+
+    def forget(self) -> None:
+        """Drop what is known of rollouts, after the sampler got other weights: none of it will be asked for again."""
+        self._tokens.clear()
+        self._outcomes.clear()
+        self._keys.clear()
+
     def keys(self, state: State, n: int) -> list[str]:
         """Of the first `n` rollouts from `state`."""
         known = self._keys.setdefault((str(state.prompt), state.prefix), [])

@@ -48,6 +48,7 @@ def pit_pairs(
     with_pit = [record for record in judged if record["pit"] is not None]
     continuations = _correct_continuations(with_pit, stores, verdicts, name)
     for record in with_pit:
+        _refuse_other_split(record, tokenizer, splitter)
         pit = record["pit"]
         start, end = ([0, *record["step_ends"]])[pit - 1 : pit + 1]
         prefix, rejected_ids = record["completion_ids"][:start], record["completion_ids"][start:end]
@@ -94,9 +95,9 @@ def advantage_rows(
                 f"solution {record['rollout']} was searched with strategy {record['search']['strategy']}, which gives "
                 "no values; use all or adaptive"
             )
-        start = record["values"][0]
-        if start in (0, 1):
-            dropped["always solved" if start else "never solved"] += 1
+        correct, wrong, _ = record["tallies"][0]
+        if correct + wrong and not (correct and wrong):
+            dropped["always solved" if correct else "never solved"] += 1
         elif all(advantage is None for advantage in record["step_advantages"]):
             dropped["unknown"] += 1
         else:
@@ -104,6 +105,15 @@ def advantage_rows(
             if not record["truncated"] and record["temperature"] > 0:
                 row |= {"behaviour_logps": record["logps"], "temperature": record["temperature"]}
             yield row
+
+
+def _refuse_other_split(record: Mapping[str, Any], tokenizer: Any, splitter: Splitter) -> None:
+    ends = token_steps(record["completion_ids"], tokenizer, splitter).ends
+    if ends != record["step_ends"]:
+        raise ValueError(
+            f"solution {record['rollout']} was searched with steps that end at tokens {record['step_ends']}, this "
+            f"splitter ends them at {ends}; use the one of the search"
+        )
 
 
 def _state(prompt: Any, prefix: Sequence[int] | str) -> str:
@@ -119,9 +129,10 @@ def _correct_continuations(
         start = [0, *record["step_ends"]][record["pit"] - 1]
         states.add(_state(record["prompt"], record["completion_ids"][:start]))
     correct = {r["rollout"] for r in verdicts if r["verifier"] == name and r["outcome"] == "correct"}
+    policies = {record["context"].get("policy") for record in judged}
     found: dict[str, list[dict[str, Any]]] = {}
     for rollout in (rollout for store in stores for rollout in store):
         state = _state(rollout["prompt"], rollout["prefix"])
-        if rollout["key"] in correct and state in states:
+        if rollout["key"] in correct and state in states and rollout["policy"] in policies:
             found.setdefault(state, []).append(rollout)
     return found

@@ -22,11 +22,12 @@ from typing import Any, Literal
 from negtune.credit import Pit, PitRule, Tally, best_of, first_pit, state_values, step_advantages
 from negtune.data.steps import TokenSteps
 from negtune.metrics.verification import wilson
+from negtune.records import strict
 from negtune.rollouts.collect import Progress, in_parts
 from negtune.rollouts.sampler import Sampler, SamplingParams, share_of
 from negtune.rollouts.states import Solution, StateRollouts
 from negtune.rollouts.store import RecordStore
-from negtune.verifiers.verdict import Verifier
+from negtune.verifiers.verdict import Verifier, fingerprint
 
 Strategy = Literal["all", "adaptive", "scan", "binary"]
 Steps = Generator[dict[int, int], dict[int, Tally], None]
@@ -109,7 +110,7 @@ def locate(
     """
     mine = share_of(list(found), process_index, processes)
     missing = [solution for solution in mine if _key(solution, search) not in store]
-    _refuse_other_search(store, search)
+    _refuse_other_search(store, search, rollouts.context(), {solution.key: solution.steps.ends for solution in mine})
     keys = {_key(solution, search) for solution in mine}
     reasons: Counter[str] = Counter(record["reason"] for record in store if record["key"] in keys)
     done = len(mine) - len(missing)
@@ -125,15 +126,22 @@ def locate(
     return reasons
 
 
-def _refuse_other_search(store: RecordStore, search: Search) -> None:
-    other = next((record for record in store if record["search"] != asdict(search)), None)
-    if other is not None:
-        changed = [name for name, value in asdict(search).items() if other["search"].get(name) != value]
-        raise ValueError(
-            f"{store.folder} was searched with other settings under the name {store.name!r} ("
-            + ", ".join(f"{name}: {other['search'].get(name)}, now {getattr(search, name)}" for name in changed)
-            + "); its pits would count twice. Give this search another name; rollouts are shared between names"
-        )
+def _refuse_other_search(
+    store: RecordStore, search: Search, context: Mapping[str, Any], ends: Mapping[str, list[int]]
+) -> None:
+    """Raise ValueError for a store with judgements that other settings, rollouts or steps have led to."""
+    now = strict({**asdict(search), **context})
+    for record in store:
+        then = {**record["search"], **record["context"]}
+        changed = [f"{name}: {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value]
+        if record["step_ends"] != ends.get(record["rollout"], record["step_ends"]):
+            changed.append("steps: cut in other places")
+        if changed:
+            raise ValueError(
+                f"{store.folder} was searched with other settings under the name {store.name!r} ("
+                + "; ".join(changed)
+                + "). Give this search another name; rollouts are shared between names"
+            )
 
 
 def judgement(
@@ -146,7 +154,7 @@ def judgement(
         and `steps` (texts); per state 0..L-1 `tallies` (correct, wrong, unknown); per state 0..L `values` and per step
         `step_advantages`, None where unknown and everywhere under strategies that give no values; `pit` (step from 1,
         or None), `reason`; `num_rollouts` and `tokens` that were looked at for it (shared ones count for each that used
-        them); `search`.
+        them); `search`, `context`: with which settings, of which policy, by which verifier.
     """
     states = [tallies.get(i, Tally(0, 0)) for i in range(max(1, len(solution.steps)))]
     pit = _pit(solution, states, search)
@@ -175,6 +183,7 @@ def judgement(
         "num_rollouts": sum(n for _, n in used),
         "tokens": 0 if rollouts is None else sum(rollouts.tokens(solution.state(i), n) for i, n in used),
         "search": asdict(search),
+        "context": {} if rollouts is None else rollouts.context(),
     }
 
 
@@ -294,8 +303,8 @@ class RolloutCredit:
 
     Args:
         sampler: of the policy, whose weights the trainer hands over before each round, or of a prover that stays what
-            it is (`follows=False`).
-        verifier: of finished completions.
+            it is (`follows=False`; its `policy` has to name its weights). None: that of the trainer.
+        verifier: of finished completions; also gives the value of the last state.
         params: of the draw.
         search: strategy `all` or `adaptive`.
         folder: of the stores with the rollouts.
@@ -305,7 +314,7 @@ class RolloutCredit:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler | None,
         verifier: Verifier,
         params: SamplingParams,
         *,
@@ -322,10 +331,18 @@ class RolloutCredit:
             RecordStore(folder, name, process_index=process_index)
             for name in ("solutions", "continuations", "verdicts")
         ]
+        self._states: StateRollouts | None = None
         self.drawn = self.drawn_tokens = 0
+
+    def close(self) -> None:
+        """Let others write into the stores."""
+        for store in self._stores:
+            store.close()
 
     def update(self, model: Any, policy: str) -> None:
         """Draw from the weights that `model` has now."""
+        if self._states is not None and (self.follows or self.sampler.policy == policy):
+            self._states.forget()
         if self.follows:
             self.sampler.update(model, policy)
 
@@ -341,7 +358,11 @@ class RolloutCredit:
         rewards: Sequence[float | None],
         **columns: Sequence[Any],
     ) -> list[list[float | None]]:
-        """Per completion Q_0 .. Q_L; the last is its reward."""
+        """Per completion Q_0 .. Q_L; the last is 1 or 0, as the verifier says, whatever the unit of the rewards."""
+        if self.sampler is None:
+            raise ValueError(
+                "RolloutCredit has no sampler; pass one, or use it as step_credit of a trainer with a sampler"
+            )
         found = [
             Solution(
                 key=str(i),
@@ -355,13 +376,17 @@ class RolloutCredit:
             )
             for i, prompt in enumerate(prompts)
         ]
-        rollouts = StateRollouts(self.sampler, self.verifier, *self._stores, self.params, name="credit")
-        tallies = _explore(found, rollouts, self.search)
-        self.drawn, self.drawn_tokens = self.drawn + rollouts.drawn, self.drawn_tokens + rollouts.drawn_tokens
+        if self._states is None:
+            name = fingerprint(self.verifier)
+            self._states = StateRollouts(self.sampler, self.verifier, *self._stores, self.params, name=name)
+        tallies = _explore(found, self._states, self.search)
+        self.drawn, self.drawn_tokens = self._states.drawn, self._states.drawn_tokens
+        verdicts = self.verifier.verify(prompts, completions, **columns)
+        ends = [None if v.outcome == "unscored" else float(v.outcome == "correct") for v in verdicts]
         values = [
             [best_of(t[i], self.search.best_of) for i in range(len(s.steps))]
             for s, t in zip(found, tallies, strict=True)
         ]
         return [
-            [*(None if v is None else float(v) for v in known), end] for known, end in zip(values, rewards, strict=True)
+            [*(None if v is None else float(v) for v in known), end] for known, end in zip(values, ends, strict=True)
         ]

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from negtune._trl_compat import BaseTrainer
 from negtune.data.advantages import CREDIT, collate_advantages, tokenize_advantages
@@ -26,13 +25,14 @@ from negtune.losses.policy import only, positive_nll
 from negtune.models.forward import completion_logps, scored_tokens
 from negtune.models.reference import Reference
 from negtune.models.sharing import take_counts
-from negtune.models.structure import causal_lm, unwrapped
+from negtune.models.structure import causal_lm, eval_mode, unwrapped
 from negtune.ops import Needs, SequenceLogps, TokenCredit, masked_sum, needs_of, weigh_signs
+from negtune.records import read_json, write_json
 from negtune.rollouts.ratios import use_ratios
 from negtune.rollouts.sampler import Sampler
 from negtune.trainers.advantage_config import AdvantageConfig as AdvantageConfig
 from negtune.trainers.guards import Guards
-from negtune.trainers.on_policy import OnPolicy, RoundBatches, RoundSaver, prepare_for_prompts, scorer_of
+from negtune.trainers.on_policy import ROUND_FILE, OnPolicy, RoundBatches, prepare_for_prompts, scorer_of
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
@@ -119,6 +119,7 @@ class AdvantageTrainer(BaseTrainer):
                 "are at temperature 1; set temperature to 1, or kl_weight to 0 and an objective without reference"
             )
         self.on_policy: OnPolicy | None = None
+        self.args = args
         processing_class = processing_class or tokenizer_of(model)
         if train_dataset is None or isinstance(train_dataset, Mapping):
             raise ValueError(
@@ -139,7 +140,7 @@ class AdvantageTrainer(BaseTrainer):
         else:
             _refuse_scorers(reward_funcs, verifier, step_credit)
             train, scorer = self._tokenize(_with_credit(train_dataset), name="train"), None
-            _check_rows(train, needs, args)
+            check_rows(train, needs, args)
         arrived_with_adapter = arrives_with_adapter(model)
         model = set_up_policy(model, args, peft_config)
         self._sums, self._eval_rows = MetricSums(), {}
@@ -156,7 +157,7 @@ class AdvantageTrainer(BaseTrainer):
             train_dataset=train,
             eval_dataset=eval_dataset if sampler is not None else self._tokenized_for_evaluation(eval_dataset),
             processing_class=processing_class,
-            callbacks=[RoundSaver(lambda: self.on_policy), HistoryCallback(args.output_dir), *(callbacks or [])],
+            callbacks=[HistoryCallback(args.output_dir), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
@@ -182,12 +183,39 @@ class AdvantageTrainer(BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. A run with a sampler goes on in the middle of the round that its checkpoint is in."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no checkpoint in {self.args.output_dir}; leave resume_from_checkpoint out")
+        self._restore(Path(resume_from_checkpoint) / ROUND_FILE if resume_from_checkpoint else None)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            if self.on_policy is not None:
+                self.on_policy.close()
+
+    def _restore(self, path: Path | None) -> None:
+        """Guards, and the round that a checkpoint is in the middle of."""
+        if path is not None and not path.exists():
+            raise ValueError(f"{path} is missing: the checkpoint is not of this trainer; resume from another one")
+        saved = None if path is None else read_json(path)
+        if saved is not None:
+            self.guards.restore(saved["guards"])
+        self._first_positive = None if saved is None else saved["first_positive"]
         if self.on_policy is not None:
-            self.on_policy.begin(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            if saved is not None and saved["round"] is None:
+                raise ValueError(f"{path} is of a run without a sampler; resume it without one")
+            self.on_policy.begin(None if saved is None else saved["round"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """What the host does not know goes in first: a checkpoint is whole once the host has finished it."""
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            made = None if self.on_policy is None else self.on_policy.saved(step)
+            guards = self.guards.state()
+            write_json(folder / ROUND_FILE, {"guards": guards, "first_positive": self._first_positive, "round": made})
+        super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> Any:
         if self.on_policy is None:
@@ -215,6 +243,7 @@ class AdvantageTrainer(BaseTrainer):
         step = inputs.get("step") or {"counts": _counts(inputs).tolist(), "share": 1}
         if step.get("gradients") and model.training:
             self._record_gradients(inputs)
+            self._record_probe()
         policy, credit = self._read(model, inputs)
         values = self._values(policy, credit)
         loss = _reduce(values, credit, step, self.args.reduction)
@@ -256,25 +285,41 @@ class AdvantageTrainer(BaseTrainer):
     def _record_gradients(self, inputs: Mapping[str, Any]) -> None:
         """Norm of the gradient of the objective on positive and on negative tokens alone, and the angle between them.
 
-        Of one micro-batch, in passes of their own, so that the training step is what it would be without.
+        Of one micro-batch, in passes of their own without dropout and without random numbers, so that the training step
+        is what it would be without. Holds two gradients besides.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # parameters are split: no process has a whole gradient
         model = unwrapped(self.model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        found = {}
-        for side, sign in (("positive", 1), ("negative", -1)):
-            policy, credit = self._read(model, inputs)
-            values = self.objective(policy, only(credit, sign))
-            loss = _reduce(values, credit, {"counts": _counts(inputs).tolist(), "share": 1}, self.args.reduction)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            found[side] = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        found, step = {}, {"counts": _counts(inputs).tolist(), "share": 1}
+        with eval_mode(model):
+            for side, sign in (("positive", 1), ("negative", -1)):
+                policy, credit = self._read(model, inputs)
+                loss = _reduce(self.objective(policy, only(credit, sign)), credit, step, self.args.reduction)
+                found[side] = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         norms = {side: _norm(gradients) for side, gradients in found.items()}
         for side, norm in norms.items():
             self._sums.add_ratio(f"{side}/grad_norm", norm, 1)
         if min(norms.values()) > 0:
-            inner = sum(float((a.double() * b.double()).sum()) for a, b in zip(*found.values(), strict=True))
+            inner = sum(
+                float(torch.vdot(a.flatten().float(), b.flatten().float()))
+                for a, b in zip(*found.values(), strict=True)
+            )
             self._sums.add_ratio("grad_cosine", inner / math.prod(norms.values()), 1)
+
+    @torch.no_grad()
+    def _record_probe(self) -> None:
+        """How far positives of the first round have moved: fresh samples hide it, since they are the policy's own."""
+        probe = None if self.on_policy is None else self.on_policy.probe
+        if not probe:
+            return
+        batch = self._prepare_inputs(self.data_collator(probe))
+        model = unwrapped(self.model)
+        with eval_mode(model):
+            policy, credit = self._read(model, batch)
+        if credit.behaviour_logps is not None and credit.positive.any():
+            self._sums.add("positive/drift", credit.log_ratio(policy)[credit.positive])
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -301,7 +346,7 @@ class AdvantageTrainer(BaseTrainer):
             self._sums.add(f"{side}/logp", logps[tokens])
             self._sums.add(f"{side}/probability", logps[tokens].exp())
             self._sums.add(f"{side}/advantage", credit.advantages[tokens])
-            if drift is not None:
+            if drift is not None and (side == "negative" or self.on_policy is None):
                 self._sums.add(f"{side}/drift", drift[tokens])
         if credit.behaviour_logps is not None and judged:
             self._sums.add_quantiles("ratio", credit.log_ratio(policy).detach()[credit.known].exp())
@@ -332,8 +377,11 @@ class AdvantageTrainer(BaseTrainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             raise ValueError("there is no eval_dataset; pass prompts")
-        found = self.on_policy.solved(list(data))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        sets = data if isinstance(data, Mapping) else {"": data}
+        metrics = {}
+        for name, rows in sets.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            metrics |= {prefix + metric: value for metric, value in self.on_policy.solved(list(rows)).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -349,7 +397,9 @@ class AdvantageTrainer(BaseTrainer):
             return {name: self._tokenized_for_evaluation(rows) for name, rows in data.items()}
         if {"prompt_ids", "unknown"} <= set(getattr(data, "column_names", None) or ()):
             return data
-        return self._tokenize(data, name="eval")
+        rows = self._tokenize(data, name="eval")
+        check_rows(rows, needs_of(self.objective), self.args, name="eval")
+        return rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last logging step or during the evaluation, over all processes."""
@@ -413,7 +463,7 @@ def _kl_to_reference(policy: SequenceLogps) -> Tensor:
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    return math.sqrt(sum(float(torch.linalg.vector_norm(g.float())) ** 2 for g in gradients))
 
 
 def _refuse_scorers(*given: Any) -> None:
@@ -434,14 +484,24 @@ def _with_credit(data: Any) -> Any:
     return data
 
 
-def _check_rows(rows: Any, needs: Needs, args: AdvantageConfig) -> None:
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The last one that was written to its end."""
+    found = [
+        path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+        if (path.parent / ROUND_FILE).exists()
+    ]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def check_rows(rows: Any, needs: Needs, args: AdvantageConfig, name: str = "train") -> None:
     """Ratios need rows with behaviour log-probabilities at the temperature that is trained."""
     if not needs.behaviour or not hasattr(rows, "__len__"):
         return
     without = [row for row, logps in zip(rows["row"], rows["behaviour_logps"], strict=True) if logps is None]
     if without:
         raise ValueError(
-            f"loss_type={args.loss_type} weighs tokens by importance ratios, and train row {without[0]} has no "
+            f"loss_type={args.loss_type} weighs tokens by importance ratios, and {name} row {without[0]} has no "
             "behaviour_logps; give them for every row, or choose an objective without ratios"
         )
     other = [t for t in rows["temperature"] if t != args.temperature]

@@ -15,7 +15,8 @@ BASELINES = ("none", "group", "leave_one_out", "batch", "moving_average")
 SCALES = ("none", "group", "batch")
 REDUCTIONS = ("token_mean", "row_mean", "row_sum")
 REACTIONS = ("off", "warn", "anchor", "stop")
-ONE_SIGNED = ("psr", "nsr", "w_reinforce", "step_kto")
+ONE_SIGNED = ("psr", "nsr", "w_reinforce", "step_kto", "awr", "asymre")
+"""Objectives whose weight is not a number times the advantage: a scaled one would not scale the push."""
 
 
 @dataclass
@@ -156,9 +157,16 @@ class AdvantageConfig(PolicyConfig):
         weights = self.positive_weight != 1 or self.negative_weight != 1
         if self.loss_type in ONE_SIGNED and weights:
             raise ValueError(
-                f"positive_weight and negative_weight have no meaning beside loss_type={self.loss_type}, which weighs "
-                "signs itself (loss_kwargs); use reinforce, or leave them at 1"
+                f"positive_weight and negative_weight have no meaning beside loss_type={self.loss_type}, whose weights "
+                "are its own (loss_kwargs); use reinforce, topr or clipped, or leave them at 1"
             )
+        if self.dynamic_sampling and "batch" in (self.baseline, self.scale_advantages):
+            raise ValueError(
+                "dynamic_sampling scores a round in parts, and a baseline or scale over the batch would differ between "
+                "them; use group, leave_one_out, moving_average or none"
+            )
+        if self.eval_temperature == 0 and self.eval_num_generations > 1:
+            raise ValueError("eval_temperature=0 draws the same completion every time; set eval_num_generations to 1")
 
     def _check_numbers(self) -> None:
         for name in ("num_generations", "steps_per_round", "reuse", "max_completion_length", "eval_num_generations"):
@@ -231,4 +239,13 @@ class AdvantageConfig(PolicyConfig):
             step_scores=self.step_scores,
             max_unscored=self.max_unscored,
             seed=self.seed,
+            signs=self.signs(),
         )
+
+    def signs(self) -> tuple[bool, bool]:
+        """Whether the objective moves anything for positive, and for negative advantages."""
+        if self.loss_type in ("psr", "nsr"):
+            return self.loss_type == "psr", self.loss_type == "nsr"
+        given = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        weights = given if self.loss_type == "w_reinforce" else vars(self)
+        return weights.get("positive_weight", 1) > 0, weights.get("negative_weight", 1) > 0

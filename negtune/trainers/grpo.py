@@ -21,9 +21,10 @@ from negtune.credit import step_advantages
 from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
 from negtune.models.structure import unwrapped
 from negtune.ops import weigh_signs
+from negtune.rollouts.attest import policy_name
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
-from negtune.trainers.rounds import StepCredit
+from negtune.trainers.rounds import RESERVED_BY_STEPS, StepCredit, refuse_reserved
 
 
 @dataclass
@@ -161,6 +162,7 @@ class StepGRPOTrainer(GRPOTrainer):
         self, inputs: list, prompts: list, completions: list, cut: Sequence[TokenSteps], out: dict[str, Any]
     ) -> list[list[float | None]]:
         """The advantage of every step of every completion, from all functions."""
+        refuse_reserved(inputs[0], RESERVED_BY_STEPS)
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
         masks = zip(out["prompt_ids"], out["prompt_mask"].bool(), strict=True)
         columns |= {
@@ -172,7 +174,7 @@ class StepGRPOTrainer(GRPOTrainer):
         totals: list[list[float | None]] = [[0.0] * len(steps) for steps in cut]
         for function in self.step_reward_funcs:
             if hasattr(function, "update"):
-                function.update(unwrapped(self.model), f"step {self.state.global_step}")
+                function.update(unwrapped(self.model), self._policy())
             found = function(prompts, completions, [steps.texts for steps in cut], **columns)
             totals = [
                 _added(total, _as_advantages(scores, len(steps), self.args.step_scores))
@@ -180,10 +182,16 @@ class StepGRPOTrainer(GRPOTrainer):
             ]
         return totals
 
+    def _policy(self) -> str:
+        """Name of the weights of this moment, which other weights do not get."""
+        return policy_name(self.model, f"step {self.state.global_step}")
+
     def _log_signs(self, out: dict[str, Any]) -> None:
         """Share of tokens that are pushed up and down, and how likely the engine found each kind."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         mask, advantages = out["completion_mask"].bool(), out["advantages"]
+        if "tool_mask" in out:
+            mask = mask & out["tool_mask"].bool()
         logps = out.get("sampling_per_token_logps", out.get("old_per_token_logps"))
         total = self.accelerator.gather(mask.sum()).sum().clamp(min=1)
         for side, tokens in (("positive", mask & (advantages > 0)), ("negative", mask & (advantages < 0))):

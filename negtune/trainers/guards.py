@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,14 @@ class Guards:
         self.entropy, self.min_entropy = entropy, min_entropy
         self.anchored = False
         self._told: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"anchored": self.anchored, "told": sorted(self._told)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.anchored, self._told = state["anchored"], set(state["told"])
 
     def check(self, logs: Mapping[str, float], step: int) -> None:
         """Raises `GuardStop` where the reaction is stop; sets `anchored` where it is anchor."""

@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from negtune.data.prompts import ShuffledPrompts, StreamedPrompts
 from negtune.data.steps import SPLITTERS
-from negtune.eval.solving import solve
+from negtune.eval.solving import answered, summary
+from negtune.models.policy import sharded_at_load
+from negtune.models.reference import weights_hash
 from negtune.models.structure import unwrapped
-from negtune.records import read_json, write_json
 from negtune.rollouts.attest import attest, served_weights_hash
 from negtune.rollouts.sampler import Sampler
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.progress import MetricSums
-from negtune.trainers.rounds import Round, Rounds, RoundState, StepCredit
+from negtune.trainers.rounds import RESERVED, Round, Rounds, RoundState, StepCredit, refuse_reserved
 from negtune.verifiers.verdict import Verifier, reward_verifier
 
 ROUND_FILE = "round.json"
+PROBE = 32
+"""Positive completions of the first round that are followed."""
 FILLER = {
     "prompt_ids": [0],
     "completion_ids": [0],
@@ -60,10 +62,19 @@ class OnPolicy:
         step_credit: StepCredit | None,
     ) -> None:
         self._trainer, self.args, accelerator = trainer, trainer.args, trainer.accelerator
+        if trainer.is_fsdp_enabled or sharded_at_load():
+            raise ValueError(
+                "a sampler needs whole weights on every process, and FSDP or ZeRO-3 splits them; use DDP or ZeRO-2 "
+                "(accelerate_configs/ddp.yaml, zero2.yaml)"
+            )
         if isinstance(sampler, type) or not hasattr(sampler, "draw"):
             sampler = sampler(unwrapped(trainer.model), trainer.processing_class)
         self.sampler, self.scorer = sampler, scorer
+        if hasattr(step_credit, "sampler") and step_credit.sampler is None:
+            step_credit.sampler, step_credit.follows = sampler, False  # which gets the weights anyway
+        self._start = weights_hash(unwrapped(trainer.model))[:8]
         self.state, self.round = RoundState(), None
+        self.probe: list[dict[str, Any]] | None = None
         args, rows = self.args, trainer.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
         folder, index = Path(args.output_dir) / "rounds", accelerator.process_index
@@ -83,32 +94,31 @@ class OnPolicy:
         )
         self.sync(attested=True)
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """Start from the first round, or in the round of a checkpoint. Raises ValueError if it has none."""
-        self.round, self.state = None, RoundState()
-        if checkpoint is None:
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Start from the first round, or in the one that `saved` is of."""
+        self.round, self.state, self.probe = None, RoundState(), None
+        if saved is None:
             return
-        path = checkpoint / ROUND_FILE
-        if not path.exists():
-            raise ValueError(
-                f"{path} is missing: the checkpoint is none of a run with a sampler, or was not written to its end; "
-                "resume from an earlier one"
-            )
-        saved = read_json(path)
-        self.state = RoundState(**saved["state"])
-        if saved["rows"]:
+        self.state, self.probe = RoundState(**saved["state"]), saved["probe"]
+        if saved["rows"] is not None:
             self.round = Round(saved["rows"], {}, self.state)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write what a resumed run needs to know of the round into a checkpoint."""
-        inside = step % self.args.steps_per_round != 0
-        rows = self.round.rows if inside and self.round is not None else []
-        write_json(folder / ROUND_FILE, {"state": asdict(self.state), "rows": rows})
+    def saved(self, step: int) -> dict[str, Any]:
+        """What a resumed run needs to know of the round, in a checkpoint after `step` steps."""
+        inside = step % self.args.steps_per_round != 0 and self.round is not None
+        return {"state": asdict(self.state), "probe": self.probe, "rows": self.round.rows if inside else None}
+
+    def close(self) -> None:
+        """Let others write into the stores."""
+        self.rounds.rollouts.close()
+        self.rounds.scores.close()
+        if hasattr(self.rounds.step_credit, "close"):
+            self.rounds.step_credit.close()
 
     def sync(self, *, attested: bool) -> None:
         """Hand the weights of this moment to the engine, under a name that other weights do not get."""
         trainer, model = self._trainer, unwrapped(self._trainer.model)
-        policy = f"step {trainer.state.global_step} {served_weights_hash(model)[:12]}"
+        policy = f"step {trainer.state.global_step} {self._start}{served_weights_hash(model)[:12]}"
         self.sampler.update(model, policy)
         if hasattr(self.rounds.step_credit, "update"):
             self.rounds.step_credit.update(model, policy)
@@ -123,6 +133,9 @@ class OnPolicy:
         with self._trainer.accelerator.autocast():
             made = self.rounds.make(self.state)
         self.state = made.state
+        if not self.probe:  # positives of the first round, whose log-probability is followed from then on
+            right = [row for row in made.rows if max((a or 0) for a in row["step_advantages"]) > 0]
+            self.probe = right[:: max(1, len(right) // PROBE)][:PROBE]
         for name, value in made.metrics.items():
             if not math.isnan(value):
                 sums.add_ratio(name, value, 1)
@@ -142,14 +155,16 @@ class OnPolicy:
         return [_part(of_step, i, parts) or [FILLER] for i in range(first, parts, accelerator.num_processes)]
 
     def solved(self, rows: list[Mapping[str, Any]]) -> dict[str, float]:
-        """Metrics of `solve` with the weights of this moment; the main process draws, so that seeds are one set."""
+        """Metrics of `solve` with the weights of this moment; every process solves its share."""
         self.sync(attested=False)
-        found: list[dict[str, float]] = [{}]
-        if self._trainer.accelerator.is_main_process:
-            params, n = self.args.sampling_params(evaluation=True), self.args.eval_num_generations
-            with self._trainer.accelerator.autocast():
-                found = [solve(self.sampler, self.scorer, rows, n=n, params=params).metrics]
-        return gather_object(found)[0]
+        refuse_reserved(rows[0], RESERVED)
+        accelerator, n = self._trainer.accelerator, self.args.eval_num_generations
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        with accelerator.autocast():
+            drawn = answered(self.sampler, self.scorer, mine, n=n, params=self.args.sampling_params(evaluation=True))
+        parts = gather_object([drawn])
+        order = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
+        return summary(order).metrics
 
 
 class RoundBatches:
@@ -170,22 +185,6 @@ class RoundBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
-
-
-class RoundSaver(TrainerCallback):
-    """Puts the round into every checkpoint.
-
-    Args:
-        on_policy: gives the rounds, or None.
-    """
-
-    def __init__(self, on_policy: Callable[[], OnPolicy | None]) -> None:
-        self._on_policy = on_policy
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_policy = self._on_policy()
-        if on_policy is not None and state.is_world_process_zero:
-            on_policy.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
 
 
 def scorer_of(reward_funcs: Any, verifier: Verifier | None, weights: Sequence[float] | None) -> Verifier:

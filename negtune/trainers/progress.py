@@ -7,13 +7,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers import TrainerCallback
 
 from negtune.models.sharing import TokenCounts
 from negtune.records import append_jsonl, read_jsonl, write_jsonl
 
+MOST_VALUES = 2048
+"""Of one batch that are kept for quantiles."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
@@ -43,8 +45,9 @@ class MetricSums:
         self.add_ratio("tokens/padding", counts.processed - counts.distinct, counts.processed)
 
     def add_quantiles(self, name: str, values: Tensor) -> None:
-        """Keep `values` for the 10 %, 50 % and 90 % quantiles."""
-        self._values[name] += values.float().cpu().double().flatten().tolist()
+        """Keep `values` for the 10 %, 50 % and 90 % quantiles; of very many only every so manieth."""
+        flat = values.float().flatten()
+        self._values[name] += flat[:: max(1, flat.numel() // MOST_VALUES)].cpu().double().tolist()
 
     def flush(self) -> dict[str, float]:
         """The metrics so far, and start anew. Every process must call it."""
@@ -61,9 +64,7 @@ class MetricSums:
         self.__init__()
         metrics = {name: total / count for name, (total, count) in sums.items() if count}
         for name, items in values.items():
-            quantiles = torch.tensor(items, dtype=torch.float64).quantile(
-                torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
-            )
+            quantiles = np.quantile(np.asarray(items), list(QUANTILES.values()))  # torch's takes 2^24 values at most
             metrics |= {f"{name}_{label}": q for label, q in zip(QUANTILES, quantiles.tolist(), strict=True)}
         return metrics
 

@@ -10,19 +10,20 @@ Shapes: G prompts (groups), N completions of each.
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from negtune.credit import Baseline, Scale, advantages, has_signal, moving_average, step_advantages
+from negtune.credit import Baseline, Scale, advantages, moving_average, step_advantages
 from negtune.data.completions import Message
 from negtune.data.prompts import PromptSource
 from negtune.data.steps import Splitter, token_steps
-from negtune.rollouts.collect import RECENT, in_parts, rollout_record
+from negtune.rollouts.collect import RECENT, in_parts, rollout_columns, rollout_record
 from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.guards import warn_of_lost_penalty
@@ -30,6 +31,10 @@ from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
 
 PART = 512
 """Completions between two writes."""
+RESERVED = {"prompts", "completions"}
+RESERVED_BY_STEPS = {*RESERVED, "steps", "rewards", "prompt_ids", "completion_ids", "step_ends"}
+"""Names that scorers and step credit get from us: no columns of prompts."""
+_SESSION = uuid.uuid4().hex[:8]
 
 StepCredit = Callable[..., Sequence[Sequence[float | None]]]
 """`(prompts, completions, steps, **columns)`: for each completion one number per step, None where not judged; with
@@ -93,6 +98,7 @@ class RoundSettings:
     step_scores: str
     max_unscored: float
     seed: int
+    signs: tuple[bool, bool] = (True, True)
 
 
 @dataclass
@@ -125,17 +131,19 @@ class Rounds:
     _seen: list[Verdict] = field(default_factory=list)
     _warned: bool = False
 
+    def __post_init__(self) -> None:
+        self._reserved = RESERVED if self.step_credit is None else RESERVED_BY_STEPS
+
     def make(self, state: RoundState) -> Round:
         """The round that follows `state`, equal on all processes. Every process must call it."""
         s, cursor, refills = self.settings, state.cursor, 0
         kept: list[dict[str, Any]] = []
         seen: list[dict[str, Any]] = []
-        running = state.running
         while True:
             wanted = s.prompts_per_round - len({row["group"] for row in kept})
-            groups = self._groups(cursor, wanted, state.number)
+            groups = self._groups(cursor, wanted, state.number, refills)
             cursor += wanted
-            rows, running = self._credited(groups, running)
+            rows = self._credited(groups, state.running)
             seen += rows
             fit = [row for row in rows if row["signal"]] if s.dynamic_sampling else rows
             kept += fit
@@ -143,6 +151,7 @@ class Rounds:
             if not s.dynamic_sampling or missing == 0 or refills == s.max_refills:
                 break
             refills += 1
+        running = self._moved(state.running, seen)
         rows = [row for row in kept if row["known"]]
         signal = any(row["signal"] for row in rows)
         empty = 0 if signal else state.empty + 1
@@ -150,17 +159,18 @@ class Rounds:
             raise NoSignalError(_no_signal(seen, empty))
         tokens = state.tokens + sum(len(row["completion_ids"]) for row in seen)
         after = RoundState(state.number + 1, cursor, running, empty, state.completions + len(seen), tokens)
-        return Round([_trainable(row) for row in rows], {**_metrics(seen), "rounds/refills": refills}, after)
+        return Round([self._trainable(row) for row in rows], {**_metrics(seen), "rounds/refills": refills}, after)
 
     # --- drawing and scoring ------------------------------------------------------------------------------------------
 
-    def _groups(self, cursor: int, n: int, number: int) -> list[dict[str, Any]]:
+    def _groups(self, cursor: int, n: int, number: int, refill: int) -> list[dict[str, Any]]:
         """The scored rollouts of `n` prompts, in order, `num_generations` each, gathered from all processes."""
         rows = self.prompts.take(cursor, n)
         for i, row in enumerate(rows):
             if not row.get("prompt"):
                 raise ValueError(f"prompt {cursor + i} of the stream: the row has no prompt; it has {sorted(row)}")
-        params = replace(self.params, seed=self.settings.seed * 1_000_003 + number)
+            refuse_reserved(row, self._reserved)
+        params = replace(self.params, seed=(self.settings.seed * 1_000_003 + number) * 1_009 + refill)
         requests = requests_for([row["prompt"] for row in rows], self.settings.num_generations)
         owners = [cursor + i for i in range(n) for _ in range(self.settings.num_generations)]
         mine = share_of(list(zip(requests, owners, strict=True)), self.process_index, self.processes)
@@ -184,12 +194,16 @@ class Rounds:
             new = [rollout_record(r, rows[owner]) for r, (_, owner) in zip(drawn, some, strict=True)]
             self.rollouts.append(new)
             records |= {record["key"]: record for record in new}
-        return [records[key] for key in keys]
+        now = {owner: rollout_columns(row) for owner, row in rows.items()}  # what a scorer is told is not what was
+        return [{**records[key], "columns": now[owner]} for key, (_, owner) in zip(keys, mine, strict=True)]
 
     def _scored(self, drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`score`, `step_ends`, `step_scores` of each; no scores for completions that were cut or that failed."""
-        there = _look_up(self.scores, [record["key"] for record in drawn])
-        for some in in_parts([record for record in drawn if record["key"] not in there], PART):
+        """`score`, `outcome`, `step_ends`, `step_scores` of each; no scores for what was cut or failed.
+
+        Scored anew by a run that finds its rollouts on the disk: the scorer may be another one.
+        """
+        there: dict[str, dict[str, Any]] = {}
+        for some in in_parts(drawn, PART):
             fit = [record for record in some if record["finish_reason"] == "stop"]
             verdicts = dict(zip((record["key"] for record in fit), self._verify(fit), strict=True))
             self._seen = [*self._seen, *verdicts.values()][-RECENT:]
@@ -197,8 +211,9 @@ class Rounds:
             steps = self._step_scores(fit, [verdicts[record["key"]].score for record in fit])
             new = [_score_record(record, verdicts.get(record["key"]), steps.get(record["key"])) for record in some]
             self.scores.append(new)
-            there |= {record["key"]: record for record in new}
-        return [{name: there[r["key"]][name] for name in ("score", "step_ends", "step_scores")} for r in drawn]
+            there |= {record["rollout"]: record for record in new}
+        names = ("score", "outcome", "step_ends", "step_scores")
+        return [{name: there[r["key"]][name] for name in names} for r in drawn]
 
     def _verify(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         if not records:
@@ -237,14 +252,10 @@ class Rounds:
 
     # --- credit -------------------------------------------------------------------------------------------------------
 
-    def _credited(
-        self, groups: list[dict[str, Any]], running: float | None
-    ) -> tuple[list[dict[str, Any]], float | None]:
-        """Rollouts with the advantages of their steps; `signal` says whether their group tells anything."""
-        s, n = self.settings, self.settings.num_generations
-        scores = [record["score"] for record in groups]
-        rewards = torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64).view(-1, n)
-        scored = torch.tensor([score is not None for score in scores]).view(-1, n)
+    def _credited(self, groups: list[dict[str, Any]], running: float | None) -> list[dict[str, Any]]:
+        """Rollouts with the advantages of their steps; `signal`: whether their group has one that is trained on."""
+        s = self.settings
+        rewards, scored = self._rewards(groups)
         if s.scale == "group" and not self._warned:
             self._warned = warn_of_lost_penalty(
                 rewards[scored].tolist(), "scale_advantages=group", "Set scale_advantages to none"
@@ -257,20 +268,50 @@ class Rounds:
             scale=s.scale,
             running=(running or 0.0) if moving else None,
         )
-        after = moving_average(running, rewards, scored, decay=s.decay) if moving else running
         rows = []
         for record, advantage, known in zip(groups, outcome.flatten().tolist(), scored.flatten().tolist(), strict=True):
             steps = _combine(record, advantage if known else None, s)
             rows.append({**record, "step_advantages": steps, "known": any(a is not None for a in steps)})
-        signal = {row["group"] for row in rows if any(row["step_advantages"])}
-        if s.outcome_weight and self.step_credit is None:
-            signal = {rows[i * n]["group"] for i, tells in enumerate(has_signal(outcome, scored).tolist()) if tells}
-        return [{**row, "signal": row["group"] in signal} for row in rows], after
+        up, down = s.signs
+        tells = {row["group"] for row in rows if any((up and a > 0) or (down and a < 0) for a in _known(row))}
+        return [{**row, "signal": row["group"] in tells} for row in rows]
+
+    def _rewards(self, rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[G N]`, and which of them were scored."""
+        scores = [row["score"] for row in rows]
+        rewards = torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64)
+        scored = torch.tensor([score is not None for score in scores])
+        n = self.settings.num_generations
+        return rewards.view(-1, n), scored.view(-1, n)
+
+    def _moved(self, running: float | None, seen: Sequence[Mapping[str, Any]]) -> float | None:
+        """The moving average after a round, all of its refills taken together."""
+        if self.settings.baseline != "moving_average":
+            return running
+        return moving_average(running, *self._rewards(seen), decay=self.settings.decay)
+
+    def _trainable(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a batch is made of. Log-probabilities of a cut distribution are no behaviour policy's."""
+        names = ("prompt_ids", "completion_ids", "step_ends", "step_advantages", "group", "key")
+        return {**{name: row[name] for name in names}, "behaviour_logps": None if row["truncated"] else row["logps"]}
+
+
+def refuse_reserved(columns: Iterable[str], reserved: set[str]) -> None:
+    """Raise ValueError for a column with the name of something else that a scorer is given."""
+    taken = sorted(reserved & set(columns))
+    if taken:
+        raise ValueError(
+            f"the prompts have the column {', '.join(taken)}, a name under which scorers get what was drawn; rename it"
+        )
 
 
 def completion_of(prompt: Prompt, text: str) -> str | list[Message]:
     """A completion as TRL hands it to reward functions: text, or the assistant's message where the prompt is a chat."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _known(row: Mapping[str, Any]) -> list[float]:
+    return [advantage for advantage in row["step_advantages"] if advantage is not None]
 
 
 def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], list[Any]]:
@@ -289,9 +330,11 @@ def _score_record(
 ) -> dict[str, Any]:
     ends, scores = steps if steps is not None else ([len(record["completion_ids"])], None)
     score, reason = (None, record["finish_reason"]) if verdict is None else (verdict.score, verdict.reason)
+    outcome = "unscored" if verdict is None else verdict.outcome
     final = record["final"] and (verdict is None or score is not None)
     return {
-        **{"key": record["key"], "score": score, "reason": reason, "final": final},
+        **{"key": f"{record['key']}:{_SESSION}", "rollout": record["key"]},
+        **{"score": score, "outcome": outcome, "reason": reason, "final": final},
         **{"step_ends": ends, "step_scores": scores},
     }
 
@@ -314,22 +357,15 @@ def _combine(record: Mapping[str, Any], outcome: float | None, s: RoundSettings)
     return [None if a is None else s.outcome_weight * outcome + s.step_weight * a for a in scores]
 
 
-def _trainable(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("prompt_ids", "completion_ids", "step_ends", "step_advantages", "group", "key")
-    return {**{name: row[name] for name in names}, "behaviour_logps": row["logps"]}
-
-
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the round looked like before anything was left out."""
     scores = [row["score"] for row in rows if row["score"] is not None]
-    groups: dict[int, list[float]] = {}
+    groups: dict[int, set[str]] = {}
     for row in rows:
-        groups.setdefault(row["group"], []).extend([] if row["score"] is None else [row["score"]])
-    scored_groups = [values for values in groups.values() if values]
+        groups.setdefault(row["group"], set()).update({row["outcome"]} - {"unscored"})
+    outcomes = [found for found in groups.values() if found]
     ends = Counter(row["finish_reason"] for row in rows)
     tokens = [logp for row in rows for logp in row["logps"]]
-    top = max(scores, default=0.0)
-    low = min(scores, default=0.0)
     lengths = [len(row["completion_ids"]) for row in rows]
     found = {
         "rounds/reward": sum(scores) / len(scores) if scores else float("nan"),
@@ -341,9 +377,9 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "rounds/tokens": float(sum(lengths)),
         "rounds/completions": float(len(rows)),
     }
-    if scored_groups and top > low:
-        found["rounds/all_right"] = sum(min(values) == top for values in scored_groups) / len(scored_groups)
-        found["rounds/all_wrong"] = sum(max(values) == low for values in scored_groups) / len(scored_groups)
+    if outcomes:
+        found["rounds/all_right"] = sum(kinds == {"correct"} for kinds in outcomes) / len(outcomes)
+        found["rounds/all_wrong"] = sum(kinds == {"wrong"} for kinds in outcomes) / len(outcomes)
     return found
 
 

@@ -6,11 +6,15 @@ off. Unscored is never reward 0: it becomes None, which TRL and negtune's traine
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import re
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Outcome = Literal["correct", "wrong", "unscored"]
@@ -163,6 +167,29 @@ class _WeightedSum:
                 return verdict
             total += weight * verdict.score
         return Verdict("correct" if total >= self.threshold else "wrong", total, f"weighted sum {total:g}")
+
+
+def fingerprint(thing: Any) -> str:
+    """Short name of a verifier, splitter or function with its settings: another one has another name.
+
+    From the class and its attributes, or the source of a function where it can be read; what only a running process
+    knows (addresses) is left out.
+    """
+    if isinstance(thing, partial):
+        return fingerprint([fingerprint(thing.func), thing.args, thing.keywords])
+    try:
+        said = inspect.getsource(thing) if inspect.isroutine(thing) else ""
+    except (OSError, TypeError):
+        said = ""
+    attributes = {} if inspect.isroutine(thing) else getattr(thing, "__dict__", {})
+    inner = {
+        name: fingerprint(value) if callable(value) else repr(value)
+        for name, value in attributes.items()
+        if not name.startswith("_")
+    }
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{name}|{said}|{sorted(inner.items())}|{thing if not attributes else ''}")
+    return f"{name.rpartition('.')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def stop_if_unscored(verdicts: Sequence[Verdict], limit: float, *, at_least: int = 20) -> None:

@@ -15,6 +15,7 @@ Measured    See recipes/README.md.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from stages import (
     collected,
     evaluated,
     is_chat,
-    last_checkpoint,
     make_sampler,
     make_verifier,
     print_arms,
+    resumable,
     rows_of,
+    settings_of,
     shrink,
     start_model,
     trained_policy,
@@ -81,11 +83,10 @@ def main() -> None:
         arguments={**vars(mode), **vars(stage), **args.to_dict()},
     )
     args.output_dir = str(folder / "policy")
+    begun = resumable(folder / "policy", settings_of(stage, args, model_args))
     model, tokenizer = load_model(start)
     if mode.on_policy:
-        sampler = make_sampler(stage, model, tokenizer, "start")
-        before = evaluated(stage, sampler, chat=chat, seed=args.seed)
-        data, kwargs = fresh(mode, stage, args, sampler, folder, chat=chat)
+        data, kwargs = fresh(mode, stage, args, folder, chat=chat)
     else:
         data, kwargs = read_jsonl(folder / "rows.jsonl"), {}
     trainer = AdvantageTrainer(
@@ -96,7 +97,9 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         **kwargs,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder / "policy"))
+    if mode.on_policy:
+        before = evaluated(stage, trainer.on_policy.sampler, chat=chat, seed=args.seed)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or begun)
     trainer.save_model()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -107,21 +110,20 @@ def main() -> None:
 
 
 def fresh(
-    mode: ModeArguments, stage: StepArguments, args: AdvantageConfig, sampler: Any, folder: Path, *, chat: bool
+    mode: ModeArguments, stage: StepArguments, args: AdvantageConfig, folder: Path, *, chat: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Prompts, and what the trainer needs to draw and score."""
     rows = rows_of(stage, "train", stage.problems, chat=chat, seed=args.seed + 1)
     prompts = [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
-    kwargs: dict[str, Any] = {"sampler": sampler, "verifier": make_verifier(stage)}
+    kwargs: dict[str, Any] = {"sampler": partial(make_sampler, stage, policy="start"), "verifier": make_verifier(stage)}
     if mode.step_credit:
         args.step_scores = "values"
         kwargs["step_credit"] = RolloutCredit(
-            sampler,
+            None,  # the trainer's own
             make_verifier(stage),
             args.sampling_params(),
             search=Search("all", stage.num_rollouts, best_of=stage.best_of),
             folder=folder / "credit",
-            follows=False,  # it is the trainer's own sampler, which gets the weights anyway
             process_index=PartialState().process_index,
         )
     return prompts, kwargs

@@ -43,6 +43,7 @@ from negtune.rollouts.step_rows import advantage_rows, pit_pairs
 from negtune.rollouts.steps import Search, locate
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.finetune import fine_tune
+from negtune.trainers.steps import NonFiniteLossError
 from negtune.verifiers.exact import ExactVerifier
 
 NAME = "answer"
@@ -174,8 +175,12 @@ def settings(start: Start, rate: float, name: str) -> dict[str, Any]:
 
 
 def finished(start: Start, trainer: Any, tokens: int) -> dict[str, float]:
-    trainer.train()
-    bad = any(math.isnan(row.get("loss", 0.0)) for row in trainer.state.log_history)
+    bad = False
+    try:
+        trainer.train()
+    except NonFiniteLossError:
+        bad = True
+    bad = bad or any(math.isnan(row.get("loss", 0.0)) for row in trainer.state.log_history)
     found = (
         dict.fromkeys(("validation", "test"), math.nan)
         if bad
@@ -273,10 +278,17 @@ def on_policy(start: Start, rate: float, name: str, **more: Any) -> dict[str, fl
     """Fresh samples at every step, as many tokens in all as the others draw before."""
     model, tokenizer = load_model(start.sft)
     args = AdvantageConfig(**{**settings(start, rate, name), **completions(start), **more})
-    kwargs = {"sampler": partial(HFSampler, batch_size=256), "verifier": start.verifier, "processing_class": tokenizer}
+    kwargs = {"sampler": partial(HFSampler, batch_size=256), "processing_class": tokenizer}
+    kwargs |= {"reward_funcs": partial(plus_or_minus_one, start)}
     trainer = AdvantageTrainer(model, args, start.explored, **kwargs)
     found = finished(start, trainer, 0)
     return {**found, "tokens_sampled": trainer.on_policy.state.tokens}
+
+
+def plus_or_minus_one(start: Start, prompts: list, completions: list, **columns: Any) -> list[float | None]:
+    """The reward of arXiv 2506.01347: 1 for a right answer, -1 for a wrong one."""
+    verdicts = start.verifier.verify(prompts, completions, answer=columns["answer"])
+    return [None if v.score is None else 2 * v.score - 1 for v in verdicts]
 
 
 def completions(start: Start) -> dict[str, Any]:
@@ -352,8 +364,8 @@ ARMS = {
     "per-step DPO, whole continuation": (partial(per_step_dpo, loss_type="dpo"), PREFERENCE),
     "advantage, labels": (advantage_labels, POLICY),
     "advantage, Monte-Carlo": (advantage_mc, POLICY),
-    "NSR, on-policy": (partial(on_policy, name="nsr", loss_type="nsr", baseline="none", positive_weight=1.0), POLICY),
-    "W-REINFORCE, on-policy": (partial(on_policy, name="w", loss_type="w_reinforce"), POLICY),
+    "NSR, on-policy": (partial(on_policy, name="nsr", loss_type="nsr", baseline="none"), POLICY),
+    "W-REINFORCE, on-policy": (partial(on_policy, name="w", loss_type="w_reinforce", baseline="none"), POLICY),
     "GRPO (TRL)": (trl_grpo, POLICY),
 }
 

@@ -26,8 +26,9 @@ from stages import (
     StepArguments,
     collected,
     is_chat,
-    last_checkpoint,
     print_arms,
+    resumable,
+    settings_of,
     shrink,
     start_model,
     trained_policy,
@@ -70,6 +71,7 @@ def main() -> None:
         arguments={**vars(stage), **args.to_dict()},
     )
     args.output_dir = str(folder / "policy")
+    begun = resumable(folder / "policy", settings_of(stage, args, model_args))
     model, tokenizer = load_model(start)
     trainer = PreferenceTrainer(
         model=model,
@@ -78,7 +80,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder / "policy"))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or begun)
     trainer.save_model()
     state.wait_for_everyone()
     if state.is_main_process:

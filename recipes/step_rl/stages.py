@@ -25,6 +25,7 @@ from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_r
 from negtune.data.steps import SPLITTERS
 from negtune.eval.solving import solve
 from negtune.models.load import load_model
+from negtune.records import read_json, strict, write_json
 from negtune.rollouts import collect, steps
 from negtune.rollouts.attest import attest, policy_name
 from negtune.rollouts.hf import HFSampler
@@ -178,7 +179,11 @@ def collected(
         bar(state, "solutions") as progress,
     ):
         splitter = SPLITTERS[stage.split]
-        found = list(solutions(RecordStore(store), verdicts, VERIFIER, tokenizer, splitter, outcomes=outcomes))
+        found = list(
+            solutions(
+                RecordStore(store), verdicts, VERIFIER, tokenizer, splitter, outcomes=outcomes, policy=sampler.policy
+            )
+        )  # fmt: skip
         states = StateRollouts(
             sampler, verifier, RecordStore(store), continuations, verdicts, params, name=VERIFIER,
             part=stage.sample_batch_size,
@@ -187,7 +192,8 @@ def collected(
     state.wait_for_everyone()
     metrics = evaluated(stage, sampler, chat=chat, seed=seed)
     sampler.close()
-    return list(RecordStore(store, "steps")), metrics
+    keys = {solution.key for solution in found}
+    return [record for record in RecordStore(store, "steps") if record["rollout"] in keys], metrics
 
 
 def evaluated(stage: StepArguments, sampler: Sampler, *, chat: bool, seed: int) -> dict[str, float]:
@@ -215,10 +221,27 @@ def bar(state: PartialState, what: str) -> Progress:
     return Progress(what, shown=state.is_main_process)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Where an interrupted training goes on."""
+def resumable(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Where an interrupted training goes on. Raises ValueError if it had other settings."""
+    file, now = folder / "settings.json", strict(settings)
+    if file.exists() and read_json(file) != now:
+        changed = [k for k, v in now.items() if read_json(file).get(k) != v]
+        raise ValueError(
+            f"{folder} is of a run with other settings ({', '.join(changed)}); choose another --output_dir, or "
+            "delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
     found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     return str(found[-1].parent) if found else None
+
+
+def settings_of(stage: StepArguments, args: Any, model_args: Any) -> dict[str, Any]:
+    """What decides the trained policy."""
+    named = ("loss_type", "loss_kwargs", "beta", "learning_rate", "max_steps", "num_train_epochs", "seed")
+    named += ("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "reference")
+    found = {name: getattr(args, name, None) for name in named}
+    return {**vars(stage), **found, "lora": model_args.lora_r if model_args.use_peft else None}
 
 
 def print_arms(arms: dict[str, dict[str, float]]) -> None:

@@ -42,6 +42,12 @@ def test_a_given_completion_and_its_steps_agree_with_joined_ones(prompt):
     assert tokenize([row])[0] == tokenize([whole])[0] == tokenize([{**row, "steps": pieces}])[0]
 
 
+def test_a_first_error_is_one_label_per_step():
+    row = {**LABELLED, "step_labels": None}
+    assert tokenize([{**row, "first_error": 1}])[0]["step_advantages"] == [1, -1, None]
+    assert tokenize([{**row, "first_error": -1}])[0]["step_advantages"] == [1, 1, 1]
+
+
 def test_an_unfinished_text_has_no_eos():
     row = {"prompt": "Add.", "completion": "4 + 3 = 7\n", "advantage": -1.0}
     assert tokenize([row])[0]["completion_ids"][-1] == EOS
@@ -113,7 +119,10 @@ def test_lists_data_sets_and_streams_give_the_same_rows():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"step_advantages": None}, "a row needs one of step_advantages, step_labels, advantage, this one has none"),
+        (
+            {"step_advantages": None},
+            "a row needs one of step_advantages, step_labels, first_error, advantage, this one has none",
+        ),
         ({"advantage": 1.0}, "this one has step_advantages and advantage"),
         ({"step_advantages": [1.0]}, "1 step_advantages for 2 steps; give one per step"),
         ({"step_advantages": [1.0, float("nan")]}, "the advantage of step 2 is nan"),
@@ -122,6 +131,7 @@ def test_lists_data_sets_and_streams_give_the_same_rows():
         ({"step_ends": [3, 2, 4], "step_advantages": [1.0, 1.0, 1.0]}, "step_ends must rise"),
         ({"step_ends": None}, "step_advantages needs steps .* or step_ends"),
         ({"completion_ids": []}, "completion_ids is empty"),
+        ({"behaviour_logps": [-1.0] * 4, "temperature": 0}, "a greedy draw .temperature 0. give no ratio"),
         ({"behaviour_logps": [-1.0]}, "1 behaviour_logps for 4 completion tokens"),
         ({"behaviour_logps": [-1.0, 0.5, -1.0, -1.0]}, "finite and at most 0"),
     ],
@@ -136,6 +146,8 @@ def test_broken_tokenised_rows_are_named(change, words):
     [
         ({"step_labels": [1, 0]}, "2 step_labels for 3 steps"),
         ({"step_labels": [1, 2, 0]}, "a step label is 1, 0, -1"),
+        ({"step_labels": [1, 0, -1]}, "0 beside -1: where 0 is neutral, as in PRM800K, give None"),
+        ({"step_labels": None, "first_error": 3}, "the first error must be -1 or one of the 3 steps"),
         ({"completion": "4 + 3 = 7"}, "do not join to the completion"),
         ({"steps": ["4", " ", "7"]}, "step 2 of 3 is blank"),
         ({"behaviour_logps": [-1.0]}, "behaviour_logps belong to tokens"),

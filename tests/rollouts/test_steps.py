@@ -9,13 +9,13 @@ from collections import Counter
 import pytest
 
 from negtune.credit import Tally
-from negtune.data.steps import StepError, split_lines
+from negtune.data.steps import StepError, split_lines, token_steps
 from negtune.models.tiny import tiny_tokenizer
 from negtune.rollouts.collect import generate, verify
 from negtune.rollouts.sampler import Sampler, SamplingParams, make_rollout, request_token_ids
 from negtune.rollouts.states import State, StateRollouts, solutions
 from negtune.rollouts.step_rows import advantage_rows, pit_pairs
-from negtune.rollouts.steps import Search, locate
+from negtune.rollouts.steps import RolloutCredit, Search, locate
 from negtune.rollouts.store import RecordStore
 from negtune.verifiers.verdict import TooManyUnscored, Verdict
 
@@ -67,6 +67,7 @@ class Run:
 
     def __init__(self, folder, sampler=None, verifier=None, n=6):
         self.folder, self.sampler, self.verifier = folder, sampler or Chain(), verifier or EndsWith()
+        self.splitter = split_lines
         with RecordStore(folder) as rollouts, RecordStore(folder, "verdicts") as verdicts:
             generate(rollouts, self.sampler, PROMPTS, n, PARAMS)
             verify(rollouts, verdicts, EndsWith(), name="end")
@@ -79,7 +80,7 @@ class Run:
         ):
             rollouts = RecordStore(self.folder)
             found = list(
-                solutions(rollouts, verdicts, "end", TOKENIZER, split_lines, outcomes=outcomes, per_prompt=per_prompt)
+                solutions(rollouts, verdicts, "end", TOKENIZER, self.splitter, outcomes=outcomes, per_prompt=per_prompt)
             )
             states = StateRollouts(self.sampler, self.verifier, rollouts, drawn, verdicts, PARAMS, name="end")
             self.reasons = locate(judged, found, states, search or Search(), **kwargs)
@@ -148,6 +149,19 @@ def test_another_search_needs_another_name(run):
     run.search(Search("binary", num_rollouts=8))
     with pytest.raises(ValueError, match=r"searched with other settings .* \(num_rollouts: 8, now 9\)"):
         run.search(Search("binary", num_rollouts=9))
+    run.sampler.policy = "trained since"
+    with pytest.raises(ValueError, match="policy: chain, now trained since"):
+        run.search(Search("binary", num_rollouts=8))
+
+
+def test_steps_that_are_cut_elsewhere_need_another_name_too(run):
+    records = run.search(Search("binary", num_rollouts=8))
+    run.splitter = lambda text: [text]
+    with pytest.raises(ValueError, match="steps: cut in other places"):
+        run.search(Search("binary", num_rollouts=8))
+    stores = RecordStore(run.folder), RecordStore(run.folder, "continuations")
+    with pytest.raises(ValueError, match="use the one of the search"):
+        list(pit_pairs(records, stores, RecordStore(run.folder, "verdicts"), "end", TOKENIZER, run.splitter))
 
 
 def test_a_verdict_without_its_rollout_does_not_count(run):
@@ -361,3 +375,53 @@ def test_a_state_is_prompt_and_ids():
     state = State("Task?", (), {})
     assert state.request(3).prefix == ""
     assert State("Task?", (7, 8), {}).request(3).prefix == [7, 8]
+
+
+def credit_of(folder, sampler, verifier=None, n=8):
+    return RolloutCredit(sampler, verifier or EndsWith(), PARAMS, search=Search("all", num_rollouts=n), folder=folder)
+
+
+def judged_once(credit, rewards=(-5.0,)):
+    text = "ok\nno\nok\nok\nok\nok\nbad"
+    ids = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS]
+    steps = token_steps(ids, TOKENIZER, split_lines)
+    return credit(
+        ["Task 0?"], [text], [steps.texts], prompt_ids=[[5]], completion_ids=[ids], step_ends=[steps.ends],
+        rewards=list(rewards), answer=["good"],
+    )[0]  # fmt: skip
+
+
+def test_values_as_step_credit_end_with_what_the_verifier_says(tmp_path):
+    """Not with the reward, which may be in another unit."""
+    values = judged_once(credit_of(tmp_path, Chain()))
+    assert len(values) == 8
+    assert values[0] > 0
+    assert values[2:] == [0] * 6
+
+
+def test_step_credit_of_other_weights_or_another_verifier_is_drawn_and_scored_anew(tmp_path):
+    sampler = Chain(slip=0.5)
+    credit = credit_of(tmp_path, sampler)
+    credit.follows = False
+    first = judged_once(credit)
+    drawn = credit.drawn
+    assert judged_once(credit) == first
+    assert credit.drawn == drawn
+    sampler.policy, sampler.slip = "better", 0.0
+    credit.update(None, "better")
+    assert judged_once(credit)[0] == 1 > first[0]
+    assert credit.drawn == 2 * drawn
+
+    class Turned(EndsWith):
+        def verify(self, prompts, completions, *, answer):
+            return super().verify(prompts, completions, answer=["bad"] * len(answer))
+
+    credit.close()
+    assert judged_once(credit_of(tmp_path, sampler, Turned()))[0] == 0
+
+
+def test_prompts_that_are_solved_now_and_then_stay_under_best_of_k(tmp_path):
+    """Best of 5 of 8 rollouts, 4 of them correct, is 1; the prompt is not always solved."""
+    run = Run(tmp_path, Chain(slip=0.1))
+    rows = list(advantage_rows(run.search(Search("all", num_rollouts=6, best_of=5))))
+    assert len(rows) > 5

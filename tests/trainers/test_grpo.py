@@ -189,6 +189,24 @@ def test_monte_carlo_values_are_those_of_the_chain(grpo, tmp_path):
     assert holder["credit"].drawn > 200
 
 
+def test_the_policy_of_step_credit_has_the_weights_in_its_name(grpo):
+    """Or rollouts of an earlier run in the same folder would be taken for those of this one."""
+
+    class Told:
+        names = []
+
+        def update(self, model, policy):
+            self.names.append(policy)
+
+        def __call__(self, prompts, completions, steps, **columns):
+            return [[0.0] * len(s) for s in steps]
+
+    grpo(steps=Told(), max_steps=2)
+    grpo(steps=Told(), max_steps=1, learning_rate=0.5)
+    assert len(set(Told.names)) == 2
+    assert Told.names[0] == Told.names[2]
+
+
 def test_signs_are_logged_apart(grpo):
     log = grpo(steps=bad_steps, max_steps=1).state.log_history[0]
     assert 0 < log["positive/tokens"] < 1

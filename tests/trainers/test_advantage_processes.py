@@ -88,7 +88,7 @@ def launch(tmp_path, chain_folder):
     return run
 
 
-@pytest.mark.parametrize("kind", ["offline", "online"])
+@pytest.mark.parametrize("kind", ["offline", pytest.param("online", marks=pytest.mark.slow)])
 def test_two_processes_are_one(launch, tmp_path, kind):
     """Online: the same prompts, noise, completions (float64), rewards, refills and running baseline."""
     one, two = launch(1, 8, kind, "one"), launch(2, 4, kind, "two")

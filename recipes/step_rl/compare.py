@@ -19,8 +19,9 @@ A comparison that was stopped goes on where it was; --smoke runs all arms in a m
 
 import argparse
 import math
+import multiprocessing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ parser.add_argument("--batch", type=int, default=32, help="completions, or pairs
 parser.add_argument("--test", type=int, default=400, help="problems of the table, and half as many to choose rates on")
 parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
 parser.add_argument("--arms", nargs="+", help="of them only these")
+parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--smoke", action="store_true")
 
 
@@ -105,17 +107,24 @@ class Start:
 
     def drawn(self, name: str, n: int) -> int:
         """Draw and score `n` solutions of every explored problem; returns their tokens."""
+        done = self.folder / name / f"drawn{n}.json"
+        if done.exists():
+            return read_json(done)
         rollouts, verdicts = self.stores(name)
         with rollouts, verdicts:
             generate(rollouts, self.sampler(), self.explored, n, self.params, part=512)
             verify(rollouts, verdicts, self.verifier, name=NAME, part=512)
-        return sum(len(r["completion_ids"]) for r in RecordStore(self.folder / name))
+        write_json(done, sum(len(r["completion_ids"]) for r in RecordStore(self.folder / name)))
+        return read_json(done)
 
     def searched(
         self, search: Search, name: str, outcomes: tuple[str, ...], first: int | None = None
     ) -> list[dict[str, Any]]:
         """Judged solutions; what the search cost is written beside them."""
         self.drawn("store", self.args.samples)
+        done = self.folder / "store" / f"searched-{name}-{first}.json"
+        if done.exists():
+            return list(RecordStore(self.folder / "store", name))
         rollouts, verdicts = self.stores("store")
         sampler, folder = self.sampler(), self.folder / "store"
         with verdicts, RecordStore(folder, f"continuations-{name}") as drawn, RecordStore(folder, name) as judged:
@@ -124,6 +133,7 @@ class Start:
             )
             states = StateRollouts(sampler, self.verifier, rollouts, drawn, verdicts, self.params, name=NAME, part=512)
             locate(judged, found[:first], states, search)
+        write_json(done, True)
         return list(RecordStore(folder, name))
 
     def budget(self) -> int:
@@ -370,6 +380,26 @@ ARMS = {
 }
 
 
+def prepare(start: Callable[[int], Start], seeds: list[int], workers: int) -> None:
+    """Everything that runs share, on the disk, one process a seed."""
+
+    def one(seed: int) -> None:
+        start(seed).more()
+        start(seed).valued()
+
+    if workers == 1:
+        for seed in seeds:
+            one(seed)
+        return
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(seed,)) for seed in seeds]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("the preparation of a seed failed; its message is above")
+
+
 def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -386,7 +416,8 @@ def main() -> None:
     arms = [
         Arm(name, lambda rate, seed, run=run: run(start(seed), rate), rates) for name, (run, rates) in chosen.items()
     ]
-    fixed = {k: v for k, v in vars(args).items() if k not in ("output_dir", "seeds", "arms")}
+    prepare(start, [0, *args.seeds], args.workers)
+    fixed = {k: v for k, v in vars(args).items() if k not in ("output_dir", "seeds", "arms", "workers")}
     found = compare(
         arms,
         lambda seed: start(seed).solved(*load_model(start(seed).sft)),
@@ -397,6 +428,7 @@ def main() -> None:
         baseline="continued SFT" if "continued SFT" in chosen else "do nothing",
         settings=fixed,
         worst=0.0,
+        workers=args.workers,
     )
     located = [{"seed": seed, **agreement(start(seed))} for seed in args.seeds]
     write_jsonl(args.output_dir / "pits.jsonl", located)

@@ -300,3 +300,33 @@ def test_the_whole_table_by_hand(tmp_path):
         "| SFT | 0.0001: 0.4 | **0.001: 0.5** | 0.01: 0.4 |\n"
         "| NPO | 1e-05: 0.5 | **0.0001: 0.6** | 0.001: 0.5 |\n"
     )
+
+
+def test_runs_side_by_side_are_the_same_runs(tmp_path):
+    def run(rate, seed):
+        return {"accuracy": rate * 10 + seed / 100, "tokens_sampled": 5, "gradient_steps": 2}
+
+    def found(folder, workers):
+        arms = [Arm("a", run, (0.01, 0.02, 0.03)), Arm("b", run, (0.01, 0.02, 0.05))]
+        return compare(
+            arms, lambda seed: {"accuracy": 0.1}, seeds=(1, 2), sweep_seed=0, metric="accuracy", folder=folder,
+            workers=workers,
+        )  # fmt: skip
+
+    with pytest.warns(EdgeOfSweepWarning):
+        one, three = found(tmp_path / "one", 1), found(tmp_path / "three", 3)
+    assert three == one
+    assert len((tmp_path / "three" / "runs.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_run_that_fails_side_by_side_says_why(tmp_path):
+    def run(rate, seed):
+        if rate == 0.02:
+            raise OSError("no more disk")
+        return {"accuracy": rate, "tokens_sampled": 5, "gradient_steps": 2}
+
+    with pytest.raises(RuntimeError, match="a run of a failed(.|\n)*no more disk"):
+        compare(
+            [Arm("a", run, (0.01, 0.02, 0.03))], lambda seed: {"accuracy": 0.1}, seeds=(1, 2), sweep_seed=0,
+            metric="accuracy", folder=tmp_path, workers=2,
+        )  # fmt: skip

@@ -364,15 +364,15 @@ def agreement(start: Start) -> dict[str, float]:
     return found
 
 
-SUPERVISED, PREFERENCE, POLICY = (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+SUPERVISED, PREFERENCE, POLICY = (3e-5, 1e-4, 3e-4), (2e-6, 6e-6, 2e-5), (6e-6, 2e-5, 6e-5)
 ARMS = {
     "continued SFT": (partial(sft, new=False), SUPERVISED),
-    "SFT on new solutions": (partial(sft, new=True), SUPERVISED),
+    "SFT on new solutions": (partial(sft, new=True), (3e-4, 1e-3, 3e-3)),
     "RFT": (rft, SUPERVISED),
     "trajectory DPO": (trajectory_dpo, PREFERENCE),
     "per-step DPO": (per_step_dpo, PREFERENCE),
     "per-step DPO, whole continuation": (partial(per_step_dpo, loss_type="dpo"), PREFERENCE),
-    "advantage, labels": (advantage_labels, POLICY),
+    "advantage, labels": (advantage_labels, SUPERVISED),
     "advantage, Monte-Carlo": (advantage_mc, POLICY),
     "NSR, on-policy": (partial(on_policy, name="nsr", loss_type="nsr", baseline="none"), POLICY),
     "W-REINFORCE, on-policy": (partial(on_policy, name="w", loss_type="w_reinforce", baseline="none"), POLICY),

@@ -107,9 +107,15 @@ def step_logps(model, tokenizer, prompts) -> dict[str, float]:
 # --- From data --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize(
-    ("loss_type", "up", "down"), [("reinforce", 1, 1), ("psr", 1, 0), ("nsr", 0, 1), ("awr", 1, 0)]
+    ("loss_type", "up", "down", "adapter"),
+    [
+        ("reinforce", 1, 1, False),
+        ("reinforce", 1, 1, True),
+        ("psr", 1, 0, False),
+        ("nsr", 0, 1, False),
+        ("awr", 1, 0, True),
+    ],
 )
 def test_the_pit_loses_and_what_is_right_gains(advantage, prompts, chain_folder, loss_type, up, down, adapter):
     tokenizer = load_tokenizer(chain_folder)
@@ -178,8 +184,9 @@ def test_micro_batches_change_nothing(advantage, chain_folder, reduction, micro,
         assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("loss_type", sorted(POLICY_LOSSES))
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("loss_type", "lora"), [*((name, False) for name in sorted(POLICY_LOSSES)), ("topr", True), ("step_kto", True)]
+)
 def test_sharing_prefixes_changes_nothing(advantage, rows, chain_folder, loss_type, lora):
     tokenizer = load_tokenizer(chain_folder)
     data = []
@@ -321,14 +328,13 @@ def test_qlora_trains_a_four_bit_policy(advantage, chain_folder):
 # --- From fresh samples -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "adapter"),
     [
-        {"loss_type": "reinforce"},
-        {"loss_type": "nsr", "slower": 4},  # pushing down alone ruins the model at the rate of the others
-        {"loss_type": "clipped", "steps_per_round": 2, "reuse": 2},
-        {"loss_type": "reinforce", "baseline": "group", "scale_advantages": "group", "dynamic_sampling": True},
+        ({"loss_type": "reinforce"}, False),
+        ({"loss_type": "nsr", "slower": 4}, True),  # pushing down alone ruins the model at the rate of the others
+        ({"loss_type": "clipped", "steps_per_round": 2, "reuse": 2}, True),
+        ({"baseline": "group", "scale_advantages": "group", "dynamic_sampling": True}, False),
     ],
 )
 def test_fresh_samples_get_better(online, prompts, settings, adapter):

@@ -26,7 +26,10 @@ test:
 	$(MAKE) vllm pytest VENV=.venv-vllm CONSTRAINT='transformers<5.18'
 
 test-newest:
-	$(MAKE) pytest ARGS='tests/contracts tests/losses tests/models tests/trainers $(ARGS)'
+	$(MAKE) pytest ARGS='tests/contracts tests/losses tests/models tests/trainers -k "not ($(ONCE))" $(ARGS)'
+
+# What does not depend on the host's version is run once, by `make test`.
+ONCE := processes or better or sharing_prefixes or disappear or objective_is_one_flag
 
 # With a CUDA device the GPU tests run too. -m here overrides the default in pyproject.toml.
 pytest: env

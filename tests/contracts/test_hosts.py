@@ -22,6 +22,8 @@ def test_hooks_exist_with_the_arguments_we_override():
         "log": ["self", "logs", "start_time"],
         "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
         "save_model": ["self", "output_dir", "_internal_call"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_get_output_dir": ["self", "trial"],
     }
     for name, parameters in wanted.items():
         assert list(inspect.signature(getattr(BaseTrainer, name)).parameters) == parameters, name
@@ -46,6 +48,13 @@ def test_the_epoch_callback_runs_before_the_batches_of_the_epoch_are_drawn():
 def test_the_config_parses_json_dictionaries():
     assert "model_init_kwargs" not in BaseConfig._VALID_DICT_FIELDS
     assert isinstance(BaseConfig._VALID_DICT_FIELDS, list)
+
+
+def test_a_data_loader_of_our_own_is_asked_one_step_at_a_time():
+    """Rounds are drawn when their batches are asked for: a host that fetched ahead would draw from old weights."""
+    source = inspect.getsource(Trainer._run_epoch)
+    assert "self.get_batch_samples(epoch_iterator, num_batches, self.args.device)" in source
+    assert "self.args.ignore_data_skip" in source
 
 
 def test_grpo_has_the_two_hooks_that_steps_need():

@@ -210,7 +210,10 @@ def _as_advantages(scores: Sequence[float | None], steps: int, kind: str) -> lis
     if kind == "values" and len(scores) in (steps, steps + 1):
         return step_advantages(scores if len(scores) > steps else [None, *scores])
     if len(scores) != steps:
-        raise ValueError(f"a step reward function gave {len(scores)} numbers for {steps} steps; give one per step")
+        raise ValueError(
+            f"a step reward function gave {len(scores)} numbers for {steps} steps; give one per step (one more, "
+            "that of the bare prompt, with step_scores=values)"
+        )
     return list(scores)
 
 

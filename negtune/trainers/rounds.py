@@ -243,7 +243,8 @@ class Rounds:
             if len(scores) - len(steps) not in extra:
                 raise ValueError(
                     f"step credit gave {len(scores)} numbers for the {len(steps)} steps of {record['text'][:80]!r}; "
-                    "give one per step, None where it was not judged"
+                    "give one per step, None where it was not judged; values of states, that of the bare prompt first, "
+                    "need step_scores=values"
                 )
         return {
             record["key"]: (steps.ends, [None if score is None else float(score) for score in scores])

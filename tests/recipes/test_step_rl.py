@@ -48,7 +48,11 @@ def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, mo
         assert len(RecordStore(tmp_path / "credit", "continuations"))
 
 
-def test_every_arm_of_the_comparison_runs(tmp_path):
+ARMS = ("continued SFT", "per-step DPO", "advantage, labels", "NSR, on-policy", "GRPO (TRL)")
+"""One of each way to train."""
+
+
+def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
     import os
     import subprocess
     import sys
@@ -56,7 +60,10 @@ def test_every_arm_of_the_comparison_runs(tmp_path):
     from tests.recipes.test_recipes import ROOT
 
     done = subprocess.run(
-        [sys.executable, "recipes/step_rl/compare.py", "--output_dir", str(tmp_path), "--smoke", "--seeds", "1", "2"],
+        [
+            *(sys.executable, "recipes/step_rl/compare.py", "--output_dir", str(tmp_path), "--smoke"),
+            *("--seeds", "1", "2", "--workers", "2", "--arms", *ARMS),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -65,6 +72,6 @@ def test_every_arm_of_the_comparison_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "compare.md").read_text()
-    for arm in ("do nothing", "continued SFT", "per-step DPO", "NSR, on-policy", "GRPO (TRL)"):
+    for arm in ("do nothing", *ARMS):
         assert f"| {arm} |" in text
     assert "binary: rollouts per pit" in text

@@ -352,12 +352,10 @@ class AdvantageTrainer(BaseTrainer):
             self._sums.add_quantiles("ratio", credit.log_ratio(policy).detach()[credit.known].exp())
 
     def _drift(self, policy: SequenceLogps, credit: TokenCredit) -> Tensor | None:
-        """How far log-probabilities have moved: from the policy that drew, or from the reference; None without both."""
+        """How far log-probabilities have moved: on stored rows from the reference, else from the policy that drew."""
         if self.on_policy is None and policy.ref_logps is not None:
             return (policy.logps - policy.ref_logps).detach()
-        if credit.behaviour_logps is not None:
-            return credit.log_ratio(policy).detach()
-        return None if policy.ref_logps is None else (policy.logps - policy.ref_logps).detach()
+        return None if credit.behaviour_logps is None else credit.log_ratio(policy).detach()
 
     def _record_evaluated(self, logps: Tensor, credit: TokenCredit, values: Tensor, rows: Tensor) -> None:
         loss = values if values.dim() == 1 else values.sum(-1) / credit.known.sum(-1).clamp(min=1)

@@ -32,7 +32,7 @@ from negtune import AdvantageConfig, AdvantageTrainer, HFSampler, PreferenceConf
 from negtune.cli.recipe import run_recipe
 from negtune.credit import advantages_from_labels, labels_from_first_error
 from negtune.data.arithmetic import ANSWER_PATTERN, START_DIFFICULTY, Difficulty, chains, first_wrong_step, prompt_row
-from negtune.data.steps import split_lines
+from negtune.data.steps import split_lines, token_steps
 from negtune.eval.compare import Arm, compare
 from negtune.eval.solving import solve
 from negtune.models.arithmetic import START_PROBLEMS, START_TRAINING, save_arithmetic
@@ -338,8 +338,6 @@ def trl_grpo(start: Start, rate: float) -> dict[str, float]:
 
 
 def cut(records: list[Mapping[str, Any]], tokenizer: Any) -> list[Solution]:
-    from negtune.data.steps import token_steps
-
     return [
         Solution(
             r["key"], r["prompt"], r["prompt_ids"], r["completion_ids"], r["logps"], r["columns"], None,

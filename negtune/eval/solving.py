@@ -9,7 +9,7 @@ from typing import Any
 from negtune.credit import Tally, best_of
 from negtune.metrics.stats import bootstrap_interval
 from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams
-from negtune.verifiers.verdict import Verdict, Verifier
+from negtune.verifiers.verdict import Verdict, Verifier, verdicts_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _verdicts(verifier: Verifier, rollouts: Sequence[Rollout], owners: Sequence[
     names = dict.fromkeys(name for row in owners for name in row if name not in ("prompt", "prefix"))
     columns = {name: [row.get(name) for _, row in fit] for name in names}
     texts = [r.text if isinstance(r.prompt, str) else [{"role": "assistant", "content": r.text}] for r, _ in fit]
-    found = iter(verifier.verify([r.prompt for r, _ in fit], texts, **columns) if fit else [])
+    prompts, ids = [r.prompt for r, _ in fit], [r.completion_ids for r, _ in fit]
+    found = iter(verdicts_of(verifier, prompts, texts, ids, columns) if fit else [])
     return [next(found) if r.finish_reason == "stop" else Verdict("unscored", reason="cut") for r in rollouts]
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from negtune.records import strict
 from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
-from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
+from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored, verdicts_of
 
 Item = TypeVar("Item")
 RECENT = 1000
@@ -126,6 +126,13 @@ def score(
     return [_verdict_record(record, name, by_key.get(record["key"])) for record in rollouts], found
 
 
+def _ids(records: Sequence[Mapping[str, Any]]) -> list[list[int]] | None:
+    """Of whole completions; None where a prefix was given as text."""
+    if any("completion_ids" not in r or (r["prefix"] and isinstance(r["prefix"], str)) for r in records):
+        return None
+    return [[*(record["prefix"] or ()), *record["completion_ids"]] for record in records]
+
+
 def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: bool) -> list[Verdict]:
     if not records:
         return []
@@ -134,7 +141,7 @@ def _verify(verifier: Verifier, records: Sequence[Mapping[str, Any]], as_chat: b
     names = dict.fromkeys(name for record in records for name in record.get("columns") or ())
     columns = {name: [(record.get("columns") or {}).get(name) for record in records] for name in names}
     try:
-        return verifier.verify([record["prompt"] for record in records], completions, **columns)
+        return verdicts_of(verifier, [record["prompt"] for record in records], completions, _ids(records), columns)
     except ValueError as error:
         if len(records) == 1:
             raise ValueError(f"rollout {records[0]['key']} of {str(records[0]['prompt'])[:200]!r}: {error}") from error

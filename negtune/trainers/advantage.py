@@ -69,7 +69,10 @@ class AdvantageTrainer(BaseTrainer):
         processing_class: tokenizer; loaded with the model if the model is a name.
         peft_config: adapter to add.
         sampler: draws from the policy, or `(model, tokenizer) -> sampler`, called once the model is set up.
-        reward_funcs: TRL reward functions, one or several (`reward_weights`); None as a reward is unscored.
+        reward_funcs: TRL reward functions, one or several (`reward_weights`), plain or async, with `completion_ids`,
+            `trainer_state`, `log_metric` and `log_extra` for those that take them; reward models, or their names. None
+            as a reward is unscored.
+        reward_processing_classes: tokenizers of reward models, as in TRL.
         verifier: scores instead of reward functions.
         step_credit: gives numbers to the steps of fresh completions: see `rounds.StepCredit`,
             `rollouts.steps.RolloutCredit` for Monte-Carlo values.
@@ -100,6 +103,7 @@ class AdvantageTrainer(BaseTrainer):
         peft_config: Any = None,
         sampler: Sampler | Callable[[nn.Module, Any], Sampler] | None = None,
         reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
         verifier: Verifier | None = None,
         step_credit: StepCredit | None = None,
         reference: Reference | nn.Module | None = None,
@@ -134,7 +138,7 @@ class AdvantageTrainer(BaseTrainer):
         )
         if sampler is not None:
             use_ratios(args.sampling_params(), wanted=needs.behaviour)
-            scorer = scorer_of(reward_funcs, verifier, args.reward_weights)
+            scorer = scorer_of(self, reward_funcs, verifier, reward_processing_classes)
             train = train_dataset
             prepare_for_prompts(args, train)
         else:

@@ -26,7 +26,8 @@ from negtune.rollouts.sampler import Sampler
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.progress import MetricSums
 from negtune.trainers.rounds import RESERVED, Round, Rounds, RoundState, StepCredit, refuse_reserved
-from negtune.verifiers.verdict import Verifier, reward_verifier
+from negtune.verifiers.rewards import reward_verifier
+from negtune.verifiers.verdict import Verifier
 
 ROUND_FILE = "round.json"
 PROBE = 32
@@ -75,6 +76,7 @@ class OnPolicy:
         self._start = weights_hash(unwrapped(trainer.model))[:8]
         self.state, self.round = RoundState(), None
         self.probe: list[dict[str, Any]] | None = None
+        self.noted = MetricSums()
         args, rows = self.args, trainer.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
         folder, index = Path(args.output_dir) / "rounds", accelerator.process_index
@@ -126,6 +128,10 @@ class OnPolicy:
             with trainer.accelerator.autocast():
                 attest(self.sampler, model, trainer.processing_class, temperature=self.args.temperature)
 
+    def log_metric(self, name: str, value: float) -> None:
+        """For reward functions: a number, of which the log gets the mean over calls and processes."""
+        self.noted.add_ratio(name, float(value), 1)
+
     def next_round(self, sums: MetricSums) -> Round:
         """Draw and score one."""
         every = self.args.attest_every
@@ -136,7 +142,7 @@ class OnPolicy:
         if not self.probe:  # positives of the first round, whose log-probability is followed from then on
             right = [row for row in made.rows if max((a or 0) for a in row["step_advantages"]) > 0]
             self.probe = right[:: max(1, len(right) // PROBE)][:PROBE]
-        for name, value in made.metrics.items():
+        for name, value in {**made.metrics, **self.noted.flush()}.items():
             if not math.isnan(value):
                 sums.add_ratio(name, value, 1)
         return made
@@ -164,7 +170,7 @@ class OnPolicy:
             drawn = answered(self.sampler, self.scorer, mine, n=n, params=self.args.sampling_params(evaluation=True))
         parts = gather_object([drawn])
         order = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-        return summary(order).metrics
+        return {**summary(order).metrics, **self.noted.flush()}
 
 
 class RoundBatches:
@@ -187,11 +193,27 @@ class RoundBatches:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
 
 
-def scorer_of(reward_funcs: Any, verifier: Verifier | None, weights: Sequence[float] | None) -> Verifier:
-    """The one that was given. Raises ValueError for none or both."""
+def scorer_of(trainer: Any, reward_funcs: Any, verifier: Verifier | None, processing_classes: Any) -> Verifier:
+    """The one that was given; reward functions are offered what TRL's trainers offer them.
+
+    Raises:
+        ValueError: none, or both.
+    """
     if (reward_funcs is None) == (verifier is None):
         raise ValueError("a sampler needs something that scores: pass reward_funcs, or a verifier (not both)")
-    return verifier if verifier is not None else reward_verifier(reward_funcs, weights)
+    if verifier is not None:
+        return verifier
+    return reward_verifier(
+        reward_funcs,
+        trainer.args.reward_weights,
+        context=lambda: {
+            "trainer_state": trainer.state,
+            "log_metric": trainer.on_policy.log_metric,
+            "log_extra": trainer.on_policy.rounds.log_extra,
+        },
+        processing_classes=processing_classes,
+        device=trainer.args.device,
+    )
 
 
 def prepare_for_prompts(args: Any, data: Any) -> None:

@@ -11,7 +11,7 @@ Shapes: G prompts (groups), N completions of each.
 from __future__ import annotations
 
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,16 +23,17 @@ from negtune.credit import Baseline, Scale, advantages, moving_average, step_adv
 from negtune.data.completions import Message
 from negtune.data.prompts import PromptSource
 from negtune.data.steps import Splitter, token_steps
+from negtune.records import strict
 from negtune.rollouts.collect import RECENT, in_parts, rollout_columns, rollout_record
 from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.guards import warn_of_lost_penalty
-from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored
+from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored, verdicts_of
 
 PART = 512
 """Completions between two writes."""
-RESERVED = {"prompts", "completions"}
-RESERVED_BY_STEPS = {*RESERVED, "steps", "rewards", "prompt_ids", "completion_ids", "step_ends"}
+RESERVED = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+RESERVED_BY_STEPS = {*RESERVED, "steps", "rewards", "prompt_ids", "step_ends"}
 """Names that scorers and step credit get from us: no columns of prompts."""
 _SESSION = uuid.uuid4().hex[:8]
 
@@ -130,6 +131,7 @@ class Rounds:
     processes: int = 1
     _seen: list[Verdict] = field(default_factory=list)
     _warned: bool = False
+    _extra: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._reserved = RESERVED if self.step_credit is None else RESERVED_BY_STEPS
@@ -205,11 +207,16 @@ class Rounds:
         there: dict[str, dict[str, Any]] = {}
         for some in in_parts(drawn, PART):
             fit = [record for record in some if record["finish_reason"] == "stop"]
+            self._extra.clear()
             verdicts = dict(zip((record["key"] for record in fit), self._verify(fit), strict=True))
             self._seen = [*self._seen, *verdicts.values()][-RECENT:]
             stop_if_unscored(self._seen, self.settings.max_unscored)
             steps = self._step_scores(fit, [verdicts[record["key"]].score for record in fit])
-            new = [_score_record(record, verdicts.get(record["key"]), steps.get(record["key"])) for record in some]
+            extra = self._extra_of(fit)
+            new = [
+                {**_score_record(record, verdicts.get(record["key"]), steps.get(record["key"])), **extra[record["key"]]}
+                for record in some
+            ]
             self.scores.append(new)
             there |= {record["rollout"]: record for record in new}
         names = ("score", "outcome", "step_ends", "step_scores")
@@ -218,7 +225,24 @@ class Rounds:
     def _verify(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         if not records:
             return []
-        return self.verifier.verify(*_texts(records), **_columns(records))
+        ids = [record["completion_ids"] for record in records]
+        return verdicts_of(self.verifier, *_texts(records), ids, _columns(records))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """For reward functions: keep one value per completion of this call beside its score."""
+        self._extra[column] = list(values)
+
+    def _extra_of(self, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """By key of the rollout, what reward functions wanted kept; as `extra` in the score's record."""
+        found: dict[str, dict[str, Any]] = defaultdict(dict)
+        for column, values in self._extra.items():
+            if len(values) != len(records):
+                raise ValueError(
+                    f"log_extra({column!r}) got {len(values)} values for {len(records)} completions; give one for each"
+                )
+            for record, value in zip(records, strict(values), strict=True):
+                found[record["key"]].setdefault("extra", {})[column] = value
+        return found
 
     def _step_scores(
         self, records: Sequence[Mapping[str, Any]], rewards: Sequence[float | None]

@@ -6,13 +6,16 @@ off. Unscored is never reward 0: it becomes None, which TRL and negtune's traine
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
+import os
 import re
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,6 +23,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 Outcome = Literal["correct", "wrong", "unscored"]
 Completion = str | Sequence[Mapping[str, Any]]
 """Text, or the assistant's messages."""
+OFFERED = ("completion_ids",)
+"""Columns that are there for whoever asks for them, besides those of the data set."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,35 @@ def as_reward_function(verifier: Verifier, name: str | None = None) -> Callable[
     return reward
 
 
+def verdicts_of(
+    verifier: Verifier,
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]] | None,
+    columns: Mapping[str, Sequence[Any]],
+) -> list[Verdict]:
+    """What a verifier says of completions, of whose token ids it is told if they are known and it takes them."""
+    offered = {} if completion_ids is None else _accepted(verifier.verify, {"completion_ids": completion_ids})
+    return verifier.verify(prompts, completions, **{**columns, **offered})
+
+
 @dataclass(frozen=True)
 class FromRewardFunction:
     """A TRL reward function as a verifier.
 
     Args:
-        function: `(prompts, completions, **columns) -> list[float | None]`. If it raises, the completions of that call
-            are unscored, with the traceback as the reason.
+        function: `(prompts, completions, **columns) -> list[float | None]`, plain or async. If it raises, the
+            completions of that call are unscored, with the traceback as the reason.
         threshold: a reward of at least this is correct.
         one_by_one: call it once per completion, so that one bad completion does not take others along.
+        context: what else to offer at each call, by name. Of this, and of `completion_ids`, a function gets what it
+            names, all of it if it has `**kwargs`.
     """
 
-    function: Callable[..., Sequence[float | None]]
+    function: Callable[..., Any]
     threshold: float = 0.5
     one_by_one: bool = True
+    context: Callable[[], Mapping[str, Any]] | None = None
 
     def verify(
         self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Sequence[Any]
@@ -106,13 +126,19 @@ class FromRewardFunction:
         for start in range(0, len(completions), size):
             part = slice(start, start + size)
             chosen = {name: list(values[part]) for name, values in columns.items()}
-            verdicts += self._call(list(prompts[part]), list(completions[part]), chosen)
+            verdicts += self._call(list(prompts[part]), list(completions[part]), self._wanted(chosen))
         return verdicts
+
+    def _wanted(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
+        """The columns, without what was only offered and is not taken."""
+        offered = {**(self.context() if self.context else {}), **{k: v for k, v in columns.items() if k in OFFERED}}
+        return {**{k: v for k, v in columns.items() if k not in OFFERED}, **_accepted(self.function, offered)}
 
     def _call(self, prompts: list[Any], completions: list[Completion], columns: dict[str, list[Any]]) -> list[Verdict]:
         start = time.perf_counter()
         try:
-            values = list(self.function(prompts=prompts, completions=completions, **columns))
+            values = self.function(prompts=prompts, completions=completions, **columns)
+            values = list(in_background(values) if inspect.iscoroutine(values) else values)
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} rewards for {len(completions)} completions")
         except Exception:  # somebody else's code
@@ -127,46 +153,6 @@ class FromRewardFunction:
             return Verdict("unscored", reason=f"the reward function returned {value}", seconds=seconds)
         outcome: Outcome = "correct" if value >= self.threshold else "wrong"
         return Verdict(outcome, float(value), f"reward {value:g}", seconds)
-
-
-def reward_verifier(reward_funcs: Any, weights: Sequence[float] | None = None) -> Verifier:
-    """Reward functions with TRL's signature as one verifier: their weighted sum, unscored where any of them is None.
-
-    Args:
-        reward_funcs: one, or several.
-        weights: one each; 1 by default. A function of weight 0 is called and logged by whoever wants to, but does not
-            count, and cannot make a completion unscored.
-    """
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    weights = [1.0] * len(functions) if weights is None else list(weights)
-    if len(weights) != len(functions):
-        raise ValueError(
-            f"reward_weights needs one weight per reward function, got {len(weights)} for {len(functions)}"
-        )
-    if len(functions) == 1 and weights == [1.0]:
-        return FromRewardFunction(functions[0], one_by_one=False)
-    return _WeightedSum([FromRewardFunction(f, one_by_one=False) for f in functions], weights)
-
-
-@dataclass(frozen=True)
-class _WeightedSum:
-    verifiers: list[FromRewardFunction]
-    weights: list[float]
-    threshold: float = 0.5
-
-    def verify(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[Verdict]:
-        found = [verifier.verify(prompts, completions, **columns) for verifier in self.verifiers]
-        return [self._sum(verdicts) for verdicts in zip(*found, strict=True)]
-
-    def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
-        total = 0.0
-        for verdict, weight in zip(verdicts, self.weights, strict=True):
-            if weight == 0:
-                continue
-            if verdict.score is None:
-                return verdict
-            total += weight * verdict.score
-        return Verdict("correct" if total >= self.threshold else "wrong", total, f"weighted sum {total:g}")
 
 
 def fingerprint(thing: Any) -> str:
@@ -216,6 +202,33 @@ def text_of(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     return str(completion[-1].get("content") or "") if completion else ""
+
+
+def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `offered` a function takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return dict(offered)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(offered)
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+"""By process: a forked child has no thread of its parent's."""
+
+
+def in_background(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Its result, from the one event loop that all async reward functions of this process share.
+
+    So clients that a function keeps between calls stay with their loop, and a notebook's own loop is not in the way.
+    """
+    loop = _loops.get(os.getpid())
+    if loop is None:
+        loop = _loops[os.getpid()] = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True, name="negtune reward functions").start()
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
 
 def _is_column(values: Any, rows: int) -> bool:

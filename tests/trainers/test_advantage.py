@@ -442,6 +442,24 @@ def test_one_reward_of_none_makes_a_completion_unscored(online):
     assert scores == {2.0}
 
 
+def test_reward_functions_get_what_trl_offers_and_may_log(online, prompts):
+    async def length(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **columns):
+        log_metric("longest", max(map(len, completion_ids)))
+        log_extra("at", [trainer_state.global_step] * len(completions))
+        return [float(c.endswith("good")) for c in completions]
+
+    trainer = online(
+        reward=length, per_device_train_batch_size=32, max_steps=2, logging_steps=1, kwargs={"eval_dataset": prompts}
+    )
+    folder = f"{trainer.args.output_dir}/rounds"
+    scores = {r["rollout"]: r for r in RecordStore(folder, "scores")}
+    drawn = list(RecordStore(folder))
+    assert {r["extra"]["at"] for r in scores.values() if r["score"] is not None} == {0, 1}
+    whole = [len(r["completion_ids"]) for r in drawn[:32] if r["finish_reason"] == "stop"]
+    assert logged(trainer, "longest")[0] == max(whole)
+    assert trainer.evaluate()["eval_longest"] >= 1
+
+
 def test_cut_completions_are_left_out(online):
     trainer = online(max_completion_length=7, per_device_train_batch_size=32, max_steps=1)
     assert logged(trainer, "rounds/truncated")[0] > 0.5
@@ -762,6 +780,8 @@ def test_measuring_gradients_draws_no_random_numbers(advantage):
 
 
 def test_columns_with_the_names_of_what_scorers_get_are_refused(online, prompts):
+    with pytest.raises(ValueError, match="the column completion_ids"):
+        online(data=[{**row, "completion_ids": [1]} for row in prompts])
     with pytest.raises(ValueError, match="the column completions, a name under which scorers get"):
         online(data=[{**row, "completions": "x"} for row in prompts])
     taken = [{**row, "steps": "x"} for row in prompts]

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--model", required=True, metavar="ID", help="whose tokenizer it is")
     _split_argument(action)
     action.add_argument("--chosen", default="shortest", choices=["shortest", "all"], help="correct continuations")
+    action.add_argument(
+        "--min_distance",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="edit distance of a pair's two steps, 0 to 1; nearer ones are left out (default: %(default)s)",
+    )
     add_verifier_arguments(action)
     action = add_action(actions, "advantages", "rows with step advantages of what was located", advantages)
     _rows_arguments(action)
@@ -177,6 +184,7 @@ def pairs(args: argparse.Namespace) -> int:
         load_tokenizer(args.model),
         SPLITTERS[args.split],
         chosen=args.chosen,
+        min_distance=args.min_distance,
         dropped=dropped,
     )
     return _write(args, list(rows), dropped, "pairs")

@@ -24,6 +24,7 @@ def pit_pairs(
     splitter: Splitter,
     *,
     chosen: Chosen = "shortest",
+    min_distance: float = 0.0,
     dropped: Counter[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Per-step preference pairs: behind the steps before the pit, a continuation that ended well over the pit itself.
@@ -34,8 +35,11 @@ def pit_pairs(
         verdicts, name: store, and the verifier whose verdicts count.
         tokenizer, splitter: as the solutions were cut.
         chosen: the shortest correct continuation (Self-Explore), or one pair for each of them.
-        dropped: counts why solutions gave no pair: no pit, no correct continuation, or only such as begin with the
-            rejected step's own words (then it was not the step that failed).
+        min_distance: of the two steps, as `edit_distance` of their tokens, 0 to 1. Steps of the same words are always
+            too near (then it was not the step that failed); above 0 leaves out steps that hardly differ, whose
+            common tokens DPO would push down with the wrong ones. In arithmetic one digit is the whole difference.
+        dropped: counts why solutions gave no pair: no pit, no correct continuation, or only such as begin with a step
+            that is too near.
 
     Yields:
         `prompt_ids` (prompt and the steps before the pit), `chosen_ids` (to the end, EOS included), `rejected_ids` (the
@@ -55,9 +59,12 @@ def pit_pairs(
         rejected = record["steps"][pit - 1]
         found = continuations.get(_state(record["prompt"], prefix), [])
         first_steps = [token_steps(r["completion_ids"], tokenizer, splitter) for r in found]
-        fit = [(r, s) for r, s in zip(found, first_steps, strict=True) if s.texts[0].split() != rejected.split()]
+        other = [(r, s) for r, s in zip(found, first_steps, strict=True) if s.texts[0].split() != rejected.split()]
+        fit = [
+            (r, s) for r, s in other if edit_distance(r["completion_ids"][: s.ends[0]], rejected_ids) >= min_distance
+        ]
         if not fit:
-            dropped["no correct continuation" if not found else "every correct continuation begins with the pit"] += 1
+            dropped[_why_not(found, other)] += 1
             continue
         if chosen == "shortest":
             fit = [min(fit, key=lambda pair: len(pair[0]["completion_ids"]))]
@@ -114,6 +121,25 @@ def _refuse_other_split(record: Mapping[str, Any], tokenizer: Any, splitter: Spl
             f"solution {record['rollout']} was searched with steps that end at tokens {record['step_ends']}, this "
             f"splitter ends them at {ends}; use the one of the search"
         )
+
+
+def edit_distance(a: Sequence[int], b: Sequence[int]) -> float:
+    """Insertions, deletions and substitutions of tokens that make `b` of `a` (Levenshtein), over the longer's length.
+
+    0 for equal sequences, 1 where nothing can be kept.
+    """
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (left != right))
+    return row[-1] / max(1, len(a), len(b))
+
+
+def _why_not(found: Sequence[Any], other: Sequence[Any]) -> str:
+    if not found:
+        return "no correct continuation"
+    return "every correct continuation begins " + ("too near to the pit" if other else "with the pit")
 
 
 def _state(prompt: Any, prefix: Sequence[int] | str) -> str:

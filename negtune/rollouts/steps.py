@@ -102,13 +102,14 @@ def locate(
         rollouts: where rollouts come from.
         search: how.
         part: solutions that are searched side by side, and written together.
-        process_index, processes: this process takes its share.
+        process_index, processes: this process takes its share of the prompts: solutions of one prompt have states in
+            common, which no two processes draw.
         progress: told after every part: solutions done, of how many, and tokens drawn.
 
     Raises:
         ValueError: `store` has been searched with other settings.
     """
-    mine = share_of(list(found), process_index, processes)
+    mine = _share(list(found), process_index, processes)
     missing = [solution for solution in mine if _key(solution, search) not in store]
     _refuse_other_search(store, search, rollouts.context(), {solution.key: solution.steps.ends for solution in mine})
     keys = {_key(solution, search) for solution in mine}
@@ -124,6 +125,12 @@ def locate(
         if progress is not None:
             progress(done, len(mine), rollouts.drawn_tokens - before)
     return reasons
+
+
+def _share(found: Sequence[Solution], process_index: int, processes: int) -> list[Solution]:
+    prompts = list(dict.fromkeys(str(solution.prompt) for solution in found))
+    mine = set(share_of(prompts, process_index, processes))
+    return [solution for solution in found if str(solution.prompt) in mine]
 
 
 def _refuse_other_search(

@@ -14,7 +14,7 @@ from negtune.models.tiny import tiny_tokenizer
 from negtune.rollouts.collect import generate, verify
 from negtune.rollouts.sampler import Sampler, SamplingParams, make_rollout, request_token_ids
 from negtune.rollouts.states import State, StateRollouts, solutions
-from negtune.rollouts.step_rows import advantage_rows, pit_pairs
+from negtune.rollouts.step_rows import advantage_rows, edit_distance, pit_pairs
 from negtune.rollouts.steps import RolloutCredit, Search, locate
 from negtune.rollouts.store import RecordStore
 from negtune.verifiers.verdict import TooManyUnscored, Verdict
@@ -223,13 +223,18 @@ def test_rollouts_drawn_before_a_kill_are_scored_after_it(tmp_path):
     assert kept > 0
 
 
-def test_two_processes_find_what_one_finds(tmp_path):
-    one = Run(tmp_path / "one").search(Search("binary"))
-    run = Run(tmp_path / "two")
-    run.search(Search("binary"), process_index=0, processes=2)
-    assert {r["key"]: r for r in run.search(Search("binary"), process_index=1, processes=2)} == {
-        r["key"]: r for r in one
-    }
+def test_two_processes_find_what_one_finds_and_draw_no_state_twice(tmp_path):
+    one = Run(tmp_path / "one")
+    expected = one.search(Search("binary"))
+    found, drawn = {}, []
+    for i in range(2):  # neither sees what the other draws
+        run = Run(tmp_path / str(i))
+        found |= {r["key"]: r for r in run.search(Search("binary"), process_index=i, processes=2)}
+        drawn.append(RecordStore(run.folder, "continuations").keys())
+    assert found == {r["key"]: r for r in expected}
+    assert all(drawn)
+    assert not drawn[0] & drawn[1]
+    assert drawn[0] | drawn[1] == RecordStore(one.folder, "continuations").keys()
 
 
 def test_luck_behind_the_pit_is_what_the_threshold_is_for(tmp_path):
@@ -356,6 +361,23 @@ def test_a_continuation_with_the_same_step_makes_no_pair(run):
     dropped = Counter()
     assert pairs_of(run, wrong, dropped=dropped) == []
     assert dropped["every correct continuation begins with the pit"] == len(wrong) > 3
+
+
+def test_pairs_whose_steps_hardly_differ_are_left_out_if_wanted(run):
+    """`o k` (two tokens) and `no` (one) share the line break: of three tokens two differ."""
+    records = run.search(Search("binary", num_rollouts=16))
+    dropped = Counter()
+    every = pairs_of(run, records)
+    assert pairs_of(run, records, min_distance=0.66) == every
+    assert pairs_of(run, records, min_distance=0.67, dropped=dropped) == []
+    assert dropped["every correct continuation begins too near to the pit"] == len(every) > 10
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"), [("kitten", "sitting", 3 / 7), ("", "", 0), ("", "abc", 1), ("flaw", "lawn", 2 / 4)]
+)
+def test_edit_distance_of_textbook_words(a, b, distance):
+    assert edit_distance([*a.encode()], [*b.encode()]) == edit_distance([*b.encode()], [*a.encode()]) == distance
 
 
 def test_advantage_rows_carry_ids_steps_and_the_policy_that_drew(run):

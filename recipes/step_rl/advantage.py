@@ -6,6 +6,7 @@ Data        Made-up arithmetic chains, or GSM8K (--gsm8k).
 Modes       --on_policy false: solutions of the fine-tuned model, values of their steps by rollouts, one training run.
             --on_policy true: fresh samples of the policy every steps_per_round steps, with --step_credit true values of
             their steps by rollouts too.
+Control     The same steps of fine-tuning on the problems it knows; --rates tries several learning rates on both.
 Expected    More problems solved than by the fine-tuned model.
 Measured    See recipes/README.md.
 
@@ -20,27 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from arms import Arms
 from stages import (
     StepArguments,
     collected,
-    evaluated,
     is_chat,
     make_sampler,
     make_verifier,
-    print_arms,
-    resumable,
     rows_of,
-    settings_of,
     shrink,
     start_model,
-    trained_policy,
 )
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from negtune import AdvantageConfig, AdvantageTrainer
 from negtune.cli.recipe import no_push, run_recipe
 from negtune.eval.run import Run
-from negtune.models.load import load_model
 from negtune.records import read_jsonl, write_jsonl
 from negtune.rollouts.step_rows import advantage_rows
 from negtune.rollouts.steps import RolloutCredit, Search
@@ -66,7 +62,7 @@ def main() -> None:
     if not mode.on_policy:
         stage.strategy = stage.strategy if stage.strategy in ("all", "adaptive") else "all"
         outcomes = ("wrong", "correct")
-        judged, before = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=outcomes)
+        judged = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=outcomes)
         if state.is_main_process:
             write_rows(judged, folder)
         state.wait_for_everyone()
@@ -82,31 +78,15 @@ def main() -> None:
         artefact="the trained policy",
         arguments={**vars(mode), **vars(stage), **args.to_dict()},
     )
-    args.output_dir = str(folder / "policy")
-    begun = resumable(folder / "policy", settings_of(stage, args, model_args))
-    model, tokenizer = load_model(start)
-    if mode.on_policy:
-        data, kwargs = fresh(mode, stage, args, folder, chat=chat)
-    else:
-        data, kwargs = read_jsonl(folder / "rows.jsonl"), {}
-    trainer = AdvantageTrainer(
-        model=model,
-        args=args,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        **kwargs,
-    )
-    if mode.on_policy:
-        before = evaluated(stage, trainer.on_policy.sampler, chat=chat, seed=args.seed)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or begun)
-    trainer.save_model()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        after = trained_policy(stage, start, folder / "policy", chat=chat, seed=args.seed)
-        run.add_arm("fine-tuned", before)
-        run.add_arm(args.loss_type, after)
-        print_arms(run.arms)
+    arms = Arms(stage, args, model_args, run, start, folder, chat)
+
+    def train(rate: float, to: Path) -> int:
+        if not mode.on_policy:
+            return arms.trained(AdvantageTrainer, args, rate, to, train_dataset=read_jsonl(folder / "rows.jsonl"))
+        rows, given = fresh(mode, stage, args, to, chat=chat)
+        return arms.trained(AdvantageTrainer, args, rate, to, train_dataset=rows, **given)
+
+    arms.compare(args.loss_type, train)
 
 
 def fresh(

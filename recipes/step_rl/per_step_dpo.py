@@ -4,6 +4,7 @@ Paper       RL on Incorrect Synthetic Data Scales the Efficiency of LLM Math Rea
             https://arxiv.org/abs/2406.14532 (no public code); pipeline after Self-Explore, https://arxiv.org/abs/2404.10346
 Data        Made-up arithmetic chains, as many as wanted, or GSM8K (--gsm8k Hub id or folder).
 Stages      fine-tune -> draw solutions -> verdicts -> rollouts from their steps -> first pit -> pairs -> DPO -> pass@k
+Control     The same steps of fine-tuning on the problems it knows; --rates tries several learning rates on both.
 Expected    The paper: eight times the data efficiency of SFT on 7B models. Small models: see recipes/LOG.md.
 Measured    See recipes/README.md.
 Differences Pits by all_fail with a chosen number of rollouts; the paper's argmin of best-of-5 values is
@@ -19,21 +20,12 @@ negtune rollouts generate, negtune rollouts verify, negtune steps locate, negtun
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from stages import (
-    VERIFIER,
-    StepArguments,
-    collected,
-    is_chat,
-    print_arms,
-    resumable,
-    settings_of,
-    shrink,
-    start_model,
-    trained_policy,
-)
-from trl import ModelConfig, TrlParser, get_peft_config
+from arms import Arms
+from stages import VERIFIER, StepArguments, collected, is_chat, shrink, start_model, store_of
+from trl import ModelConfig, TrlParser
 
 from negtune import PreferenceConfig, PreferenceTrainer
 from negtune.cli.recipe import no_push, run_recipe
@@ -54,7 +46,7 @@ def main() -> None:
         shrink(stage, args)
     folder, chat, state = Path(args.output_dir), is_chat(base), PartialState()
     start = start_model(stage, base, folder, args.seed)
-    judged, before = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=("wrong",))
+    judged = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=("wrong",))
     if state.is_main_process:
         write_pairs(stage, judged, start, folder)
     state.wait_for_everyone()
@@ -70,33 +62,19 @@ def main() -> None:
         artefact="the trained policy",
         arguments={**vars(stage), **args.to_dict()},
     )
-    args.output_dir = str(folder / "policy")
-    begun = resumable(folder / "policy", settings_of(stage, args, model_args))
-    model, tokenizer = load_model(start)
-    trainer = PreferenceTrainer(
-        model=model,
-        args=args,
-        train_dataset=read_jsonl(folder / "pairs.jsonl"),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or begun)
-    trainer.save_model()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        after = trained_policy(stage, start, folder / "policy", chat=chat, seed=args.seed)
-        run.add_arm("fine-tuned", before)
-        run.add_arm(args.loss_type, after)
-        print_arms(run.arms)
+    arms = Arms(stage, args, model_args, run, start, folder, chat)
+    pairs = read_jsonl(folder / "pairs.jsonl")
+    arms.compare(args.loss_type, lambda rate, to: arms.trained(PreferenceTrainer, args, rate, to, train_dataset=pairs))
 
 
 def write_pairs(stage: StepArguments, judged: list, model: str, folder: Path) -> None:
     """`pairs.jsonl`, and what was left out."""
     dropped: Counter[str] = Counter()
-    tokenizer, store = load_model(model)[1], folder / "store"
+    tokenizer, store = load_model(model)[1], store_of(stage, folder)
     stores = [RecordStore(store), RecordStore(store, "continuations")]
     verdicts, splitter = RecordStore(store, "verdicts"), SPLITTERS[stage.split]
-    pairs = list(pit_pairs(judged, stores, verdicts, VERIFIER, tokenizer, splitter, dropped=dropped))
+    given: dict[str, Any] = {"min_distance": stage.min_distance, "dropped": dropped}
+    pairs = list(pit_pairs(judged, stores, verdicts, VERIFIER, tokenizer, splitter, **given))
     left_out = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common()) or "none"
     if not pairs:
         raise ValueError(

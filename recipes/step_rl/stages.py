@@ -4,9 +4,10 @@ Every stage writes a file or a folder under `output_dir` and is skipped where th
 stopped goes on where it was:
 
     sft/            fine-tuned model
-    store/          rollouts-*.jsonl, verdicts-*.jsonl, continuations-*.jsonl, steps-*.jsonl
+    store/          rollouts-*.jsonl, verdicts-*.jsonl, continuations-*.jsonl, steps-all-*.jsonl (by strategy)
     pairs.jsonl     rows.jsonl
-    policy/         checkpoints and the trained model or adapter
+    policy/         per arm and rate: checkpoints and the trained model or adapter
+    solved/         per arm and rate: how many of its samples solved each held-out problem
     metrics.json    accuracy and pass@k before and after
 """
 
@@ -23,9 +24,7 @@ from accelerate import PartialState
 from negtune.cli.rollouts import Progress, print_stats
 from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_row
 from negtune.data.steps import SPLITTERS
-from negtune.eval.solving import solve
 from negtune.models.load import load_model
-from negtune.records import read_json, strict, write_json
 from negtune.rollouts import collect, steps
 from negtune.rollouts.attest import attest, policy_name
 from negtune.rollouts.hf import HFSampler
@@ -61,10 +60,24 @@ class StepArguments:
     num_rollouts: int = field(default=8, metadata={"help": "From one state, at most."})
     threshold: float = field(default=0.0, metadata={"help": "A state of at most this value is dead."})
     best_of: int = field(default=1, metadata={"help": "Values under best-of-K; the paper takes 5."})
+    min_distance: float = field(
+        default=0.0, metadata={"help": "Edit distance of a pair's two steps, 0 to 1; nearer ones are left out."}
+    )
     split: str = field(default="lines", metadata={"help": "What a step is: lines or sentences."})
     max_tokens: int = field(default=64, metadata={"help": "Of a completion."})
     test_problems: int = field(default=100, metadata={"help": "Held out, to evaluate on."})
     test_samples: int = field(default=8, metadata={"help": "Of each, at temperature 1; pass@k up to this k."})
+    store: str | None = field(
+        default=None, metadata={"help": "Folder of solutions and rollouts, to share it with another recipe."}
+    )
+    control: bool = field(
+        default=True, metadata={"help": "Beside it fine-tune on the solved problems for as many steps more."}
+    )
+    rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Learning rates that every arm is tried at; the best on validation problems is shown."},
+    )
+    validation_problems: int = field(default=50, metadata={"help": "To choose among the rates."})
     sample_batch_size: int = field(default=64, metadata={"help": "Completions between two writes."})
     smoke: bool = field(default=False, metadata={"help": "Tiny model, few problems: does it run?"})
 
@@ -74,7 +87,7 @@ def shrink(stage: StepArguments, args: Any) -> None:
     stage.sft_rows, stage.sft_epochs, stage.sft_learning_rate, stage.sft_batch_size = 128, 16, 5e-3, 16
     stage.min_steps, stage.max_chain, stage.largest = 1, 2, 3
     stage.problems, stage.samples, stage.num_rollouts = 16, 4, 4
-    stage.test_problems, stage.test_samples, stage.max_tokens = 8, 2, 32
+    stage.test_problems, stage.test_samples, stage.max_tokens, stage.validation_problems = 8, 2, 32, 4
     args.max_steps = 2
 
 
@@ -88,7 +101,7 @@ def rows_of(stage: StepArguments, split: str, n: int, *, chat: bool, seed: int) 
         if not chat:
             return rows
         return [_as_chat(row, ASK + row["question"], row["completion"]) for row in rows]
-    items = _gsm8k(stage.gsm8k, "train" if split == "train" else "test", n)
+    items = _gsm8k(stage.gsm8k, split, n)
     return [_as_chat({"answer": i["answer"]}, ASK + i["question"], i["answer"]) for i in items]
 
 
@@ -98,13 +111,17 @@ def _as_chat(row: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
 
 
 def _gsm8k(source: str, split: str, n: int) -> list[dict[str, Any]]:
-    file = Path(source, f"{split}.jsonl.gz")
-    if not file.exists():
+    """The first `n` rows; those of the validation split are the last of the training rows."""
+    name = "test" if split == "test" else "train"
+    file = Path(source, f"{name}.jsonl.gz")
+    if file.exists():
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+    else:
         from datasets import load_dataset
 
-        return list(load_dataset(source, "main", split=f"{split}[:{n}]"))
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(n), strict=False)]
+        rows = list(load_dataset(source, "main", split=name))
+    return rows[-n:] if split == "validation" else rows[:n]
 
 
 def make_verifier(stage: StepArguments) -> Verifier:
@@ -146,16 +163,16 @@ def make_sampler(stage: StepArguments, model: Any, tokenizer: Any, policy: str) 
 
 def collected(
     stage: StepArguments, name: str, folder: Path, *, chat: bool, seed: int, outcomes: tuple[str, ...]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Judged solutions of the training problems, and how the model does on held-out ones."""
-    state, store = PartialState(), folder / "store"
+) -> list[dict[str, Any]]:
+    """Judged solutions of the training problems."""
+    state, store = PartialState(), store_of(stage, folder)
     model, tokenizer = load_model(name)
     sampler = make_sampler(stage, model, tokenizer, policy_name(model, name))
     if stage.engine == "vllm":
         attest(sampler, model, tokenizer)
     params = SamplingParams(max_tokens=stage.max_tokens, seed=seed)
     share = {"process_index": state.process_index, "processes": state.num_processes}
-    prompts = [_without_answer(row) for row in rows_of(stage, "train", stage.problems, chat=chat, seed=seed + 1)]
+    prompts = [without_answer(row) for row in rows_of(stage, "train", stage.problems, chat=chat, seed=seed + 1)]
     verifier, i = make_verifier(stage), state.process_index
     with RecordStore(store, process_index=i) as rollouts, bar(state, "rollouts") as progress:
         part = stage.sample_batch_size
@@ -172,10 +189,11 @@ def collected(
         threshold=stage.threshold,
         best_of=stage.best_of,
     )
+    judgements = f"steps-{stage.strategy}"
     with (
         RecordStore(store, "verdicts", process_index=i) as verdicts,
         RecordStore(store, "continuations", process_index=i) as continuations,
-        RecordStore(store, "steps", process_index=i) as judged,
+        RecordStore(store, judgements, process_index=i) as judged,
         bar(state, "solutions") as progress,
     ):
         splitter = SPLITTERS[stage.split]
@@ -190,64 +208,21 @@ def collected(
         )  # fmt: skip
         steps.locate(judged, found, states, search, progress=progress, **share)
     state.wait_for_everyone()
-    metrics = evaluated(stage, sampler, chat=chat, seed=seed)
     sampler.close()
     keys = {solution.key for solution in found}
-    return [record for record in RecordStore(store, "steps") if record["rollout"] in keys], metrics
+    return [record for record in RecordStore(store, judgements) if record["rollout"] in keys]
 
 
-def evaluated(stage: StepArguments, sampler: Sampler, *, chat: bool, seed: int) -> dict[str, float]:
-    """Accuracy and pass@k on held-out problems."""
-    rows = [_without_answer(row) for row in rows_of(stage, "test", stage.test_problems, chat=chat, seed=seed)]
-    params = SamplingParams(max_tokens=stage.max_tokens, seed=seed + 1_000_000)
-    return solve(sampler, make_verifier(stage), rows, n=stage.test_samples, params=params).metrics
+def store_of(stage: StepArguments, folder: Path) -> Path:
+    """Where solutions, verdicts and rollouts lie."""
+    return folder / "store" if stage.store is None else Path(stage.store)
 
 
-def trained_policy(stage: StepArguments, base: str, folder: Path, *, chat: bool, seed: int) -> dict[str, float]:
-    """`evaluated` on what training left in `folder`."""
-    adapter = folder if (folder / "adapter_config.json").exists() else None
-    model, tokenizer = load_model(base, adapter=adapter) if adapter else load_model(folder)
-    sampler = make_sampler(stage, model, tokenizer, "trained")
-    metrics = evaluated(stage, sampler, chat=chat, seed=seed)
-    sampler.close()
-    return metrics
-
-
-def _without_answer(row: dict[str, Any]) -> dict[str, Any]:
+def without_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A problem as the sampler and the verifier get it."""
     return {name: value for name, value in row.items() if name not in ("completion", "steps", "n_steps")}
 
 
 def bar(state: PartialState, what: str) -> Progress:
+    """Of the main process."""
     return Progress(what, shown=state.is_main_process)
-
-
-def resumable(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Where an interrupted training goes on. Raises ValueError if it had other settings."""
-    file, now = folder / "settings.json", strict(settings)
-    if file.exists() and read_json(file) != now:
-        changed = [k for k, v in now.items() if read_json(file).get(k) != v]
-        raise ValueError(
-            f"{folder} is of a run with other settings ({', '.join(changed)}); choose another --output_dir, or "
-            "delete it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, now)
-    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-    return str(found[-1].parent) if found else None
-
-
-def settings_of(stage: StepArguments, args: Any, model_args: Any) -> dict[str, Any]:
-    """What decides the trained policy."""
-    named = ("loss_type", "loss_kwargs", "beta", "learning_rate", "max_steps", "num_train_epochs", "seed")
-    named += ("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "reference")
-    found = {name: getattr(args, name, None) for name in named}
-    return {**vars(stage), **found, "lora": model_args.lora_r if model_args.use_peft else None}
-
-
-def print_arms(arms: dict[str, dict[str, float]]) -> None:
-    """One line per arm."""
-    names = ["accuracy", "accuracy_low", "accuracy_high", *(n for n in next(iter(arms.values())) if "pass@" in n)]
-    names += ["truncated"]
-    print("\n" + f"{'':12}" + "".join(f"{name:>15}" for name in names))
-    for arm, metrics in arms.items():
-        print(f"{arm:12}" + "".join(f"{metrics.get(name, float('nan')):15.3f}" for name in names))

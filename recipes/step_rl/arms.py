@@ -1,0 +1,209 @@
+"""The other half of what the recipes of this folder share: arms that are trained alike, and measured alike.
+
+Every arm starts from the fine-tuned model, takes as many optimiser steps, and is tried at the same learning rates. The
+best rate on validation problems goes into the table, which shows test problems. What has its file is not done again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from stages import StepArguments, make_sampler, make_verifier, rows_of, without_answer
+from trl import get_peft_config
+
+from negtune import AdvantageConfig, AdvantageTrainer
+from negtune.eval.run import Run
+from negtune.eval.solving import solve
+from negtune.metrics.stats import bootstrap_interval
+from negtune.models.load import load_model
+from negtune.records import read_json, strict, write_json
+from negtune.rollouts.sampler import SamplingParams
+
+START, CONTROL = "fine-tuned", "continued SFT"
+SHARED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim"),
+    *("weight_decay", "max_grad_norm", "seed", "logging_steps", "save_strategy", "save_steps", "report_to"),
+    *("bf16", "use_cpu", "gradient_checkpointing", "disable_tqdm"),
+)
+"""Settings that the control takes from the method."""
+DECIDING = (
+    *("loss_type", "loss_kwargs", "beta", "learning_rate", "max_steps", "num_train_epochs", "seed", "reference"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "negative_weight"),
+)
+NOT_DECIDING = ("control", "rates", "test_problems", "test_samples", "validation_problems", "store")
+Train = Callable[[float, Path], int]
+"""`(learning rate, folder)` -> optimiser steps taken."""
+
+
+@dataclass
+class Arms:
+    """Arms of one recipe.
+
+    Args:
+        stage, args, model_args: of the command line.
+        run: gets one column per arm.
+        start: folder of the fine-tuned model.
+        folder: of the run.
+        chat: whether prompts are chats.
+    """
+
+    stage: StepArguments
+    args: Any
+    model_args: Any
+    run: Run
+    start: str
+    folder: Path
+    chat: bool
+
+    def compare(self, name: str, train: Train) -> None:
+        """Measure the start; train, choose and measure the arm `name` and, if wanted, the control; print the table."""
+        self._measure(START, None)
+        steps = self._swept(name, train)
+        if self.stage.control:
+            self._swept(CONTROL, self._control(steps))
+        if PartialState().is_main_process:
+            print_arms(self.run.arms)
+
+    def trained(self, trainer_class: Any, args: Any, rate: float, folder: Path, **given: Any) -> int:
+        """Train the start in `folder`, from its last checkpoint if it has one; returns the optimiser steps."""
+        args, state, done = copy.copy(args), PartialState(), folder / "done.json"
+        args.learning_rate, args.output_dir = rate, str(folder)
+        begun = resumable(folder, self._settings(args))
+        if not done.exists():
+            model, tokenizer = load_model(self.start)
+            peft = get_peft_config(self.model_args)
+            trainer = trainer_class(model=model, args=args, processing_class=tokenizer, peft_config=peft, **given)
+            trainer.train(resume_from_checkpoint=begun)
+            trainer.save_model()
+            if getattr(trainer, "on_policy", None) is not None:
+                trainer.on_policy.close()
+                trainer.on_policy.sampler.close()
+            state.wait_for_everyone()
+            if state.is_main_process:
+                write_json(done, trainer.state.global_step)
+        state.wait_for_everyone()
+        return read_json(done)
+
+    def _swept(self, name: str, train: Train) -> int:
+        """Every rate, then the best one as a column; returns the optimiser steps of one training."""
+        rates = self.stage.rates or [self.args.learning_rate]
+        steps = [train(rate, self._policy(name, rate)) for rate in rates]
+        if PartialState().is_main_process:
+            self._measure(name, self._best(name, rates))
+        PartialState().wait_for_everyone()
+        return steps[0]
+
+    def _best(self, name: str, rates: list[float]) -> float:
+        if len(rates) == 1:
+            return rates[0]
+        found = {rate: self._solved("validation", name, rate)["metrics"]["accuracy"] for rate in rates}
+        said = ", ".join(f"{accuracy:.3f} at {rate:g}" for rate, accuracy in found.items())
+        print(f"{name}: accuracy on validation problems {said}")
+        return max(found, key=lambda rate: found[rate])
+
+    def _measure(self, name: str, rate: float | None) -> None:
+        """A column: `solve` on test problems, and the paired differences of accuracy to the columns before."""
+        if not PartialState().is_main_process:
+            return
+        ours = self._solved("test", name, rate)
+        metrics = {**ours["metrics"], "learning_rate": rate}
+        for other, column in self.run.arms.items():
+            theirs = self._solved("test", other, column["learning_rate"])
+            metrics |= difference(other, ours["solved"], theirs["solved"])
+        self.run.add_arm(name, metrics)
+
+    def _solved(self, split: str, name: str, rate: float | None) -> dict[str, Any]:
+        """Metrics of `solve`, and the share of its samples that solved each problem."""
+        stage, seed = self.stage, self.args.seed
+        n = stage.test_problems if split == "test" else stage.validation_problems
+        wanted = {"problems": n, "samples": stage.test_samples, "max_tokens": stage.max_tokens, "seed": seed}
+        file = self.folder / "solved" / f"{split}-{_file_name(name, rate)}.json"
+        if not file.exists() or read_json(file)["settings"] != wanted:
+            rows = [without_answer(row) for row in rows_of(stage, split, n, chat=self.chat, seed=seed)]
+            params = SamplingParams(max_tokens=stage.max_tokens, seed=seed + 1_000_000)
+            model, tokenizer = self._load(None if rate is None else self._policy(name, rate))
+            sampler = make_sampler(stage, model, tokenizer, _file_name(name, rate))
+            found = solve(sampler, make_verifier(stage), rows, n=stage.test_samples, params=params)
+            sampler.close()
+            solved = [None if tally.value is None else float(tally.value) for tally in found.tallies]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"settings": wanted, "metrics": found.metrics, "solved": solved})
+        return read_json(file)
+
+    def _load(self, policy: Path | None) -> tuple[Any, Any]:
+        if policy is None:
+            return load_model(self.start)
+        adapted = (policy / "adapter_config.json").exists()
+        return load_model(self.start, adapter=policy) if adapted else load_model(policy)
+
+    def _control(self, steps: int) -> Train:
+        """Supervised fine-tuning on the solved problems that the start has learnt from."""
+        rows = rows_of(self.stage, "train", self.stage.sft_rows, chat=self.chat, seed=self.args.seed)
+        rows = [{"prompt": row["prompt"], "completion": row["completion"], "advantage": 1.0} for row in rows]
+        shared = {name: getattr(self.args, name) for name in SHARED}
+        config = AdvantageConfig(output_dir=str(self.folder), max_steps=steps, **shared)
+        return lambda rate, folder: self.trained(AdvantageTrainer, config, rate, folder, train_dataset=rows)
+
+    def _policy(self, name: str, rate: float) -> Path:
+        return self.folder / "policy" / _file_name(name, rate)
+
+    def _settings(self, args: Any) -> dict[str, Any]:
+        """What decides the trained policy."""
+        stage = {name: value for name, value in vars(self.stage).items() if name not in NOT_DECIDING}
+        found = {name: getattr(args, name, None) for name in DECIDING}
+        return {**stage, **found, "lora": self.model_args.lora_r if self.model_args.use_peft else None}
+
+
+def difference(other: str, ours: list[float | None], theirs: list[float | None]) -> dict[str, float]:
+    """Mean over problems of ours minus theirs, with its 95 % bootstrap interval; problems unscored in one are left out.
+
+    Args:
+        other: whose accuracies `theirs` are, for the names.
+        ours, theirs: per problem.
+    """
+    gains = np.array([a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
+    low, high = bootstrap_interval(gains)
+    name = f"minus {other}"
+    return {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def resumable(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Where an interrupted training goes on. Raises ValueError if it had other settings."""
+    file, now = folder / "settings.json", strict(settings)
+    if file.exists() and read_json(file) != now:
+        changed = [k for k, v in now.items() if read_json(file).get(k) != v]
+        raise ValueError(
+            f"{folder} is of a run with other settings ({', '.join(changed)}); choose another --output_dir, or "
+            "delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
+    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    return str(found[-1].parent) if found else None
+
+
+def print_arms(arms: Mapping[str, Mapping[str, float]]) -> None:
+    """One line per arm: accuracy and pass@k, then the paired differences."""
+    names = ["learning_rate", "accuracy", *(n for n in next(iter(arms.values())) if "pass@" in n), "truncated"]
+    print("\n" + f"{'':14}" + "".join(f"{name:>14}" for name in names))
+    for arm, metrics in arms.items():
+        print(f"{arm:14}" + "".join(f"{_number(metrics.get(name)):>14}" for name in names))
+    for arm, metrics in arms.items():
+        for name in metrics:
+            if name.startswith("minus ") and f"{name}_low" in metrics:
+                low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+                print(f"{arm} {name}: {metrics[name]:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _file_name(name: str, rate: float | None) -> str:
+    return name.replace(" ", "_") + ("" if rate is None else f"-{rate:g}")

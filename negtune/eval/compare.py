@@ -1,6 +1,6 @@
 """Arms x learning rates x seeds -> one table with intervals, fair by construction.
 
-1. Sweep: every arm runs at as many rates as every other, on one seed. Its best rate goes on.
+1. Sweep: every arm runs at as many rates as every other, on one seed. Its best rate goes on. (None with one rate each.)
 2. Confirmation: that rate on fresh seeds, the same for all arms. Only these runs enter the table, so that the choice of
    the rate does not flatter an arm.
 
@@ -146,12 +146,14 @@ class Comparison:
         """Notes, and three tables: means, paired differences to the baseline, the sweep."""
         seeds = sorted({run.seed for run in self.confirmed})
         about = (
-            f"Mean ± {self.confidence:.0%} Student t interval over {len(seeds)} seeds ({', '.join(map(str, seeds))}); "
-            f"rates chosen on another seed by `{self.metric}` ({self.better} is better)."
+            f"Mean ± {self.confidence:.0%} Student t interval over {len(seeds)} seeds ({', '.join(map(str, seeds))})"
         )
+        about += f"; rates chosen on another seed by `{self.metric}` ({self.better} is better)." if self.sweep else "."
         notes = ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
         blocks = [about, *notes, _means(self), f"Paired difference to {self.baseline}, seed by seed:"]
-        blocks += [_differences(self), f"Sweep of `{self.metric}`, one seed, the chosen rate in bold:", _sweep(self)]
+        blocks += [_differences(self)]
+        if self.sweep:
+            blocks += [f"Sweep of `{self.metric}`, one seed, the chosen rate in bold:", _sweep(self)]
         return "\n\n".join(blocks) + "\n"
 
 
@@ -177,7 +179,7 @@ def compare(
         arms: each with the same number of rates.
         do_nothing: `seed -> metrics` of the untrained start, measured as the arms measure; no budgets needed.
         seeds: of the confirmation, two or more.
-        sweep_seed: of the sweep, none of `seeds`.
+        sweep_seed: of the sweep, none of `seeds`. Nothing is swept where every arm has one rate.
         metric: chooses the rates. To choose them on other rows than the table shows, let a run return both.
         folder: of `runs.jsonl`, created if missing.
         better: `higher` or `lower`.
@@ -195,9 +197,11 @@ def compare(
     """
     _check(arms, seeds, sweep_seed, better, baseline)
     runner = _Runner(Path(folder), strict(settings or {}), metric)
-    tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run) for arm in arms for rate in arm.rates]
-    sweep = runner.run_all(tries, workers)
-    rates = {arm.name: _best_rate([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
+    rates, sweep = {arm.name: arm.rates[0] for arm in arms}, []
+    if len(arms[0].rates) > 1:
+        tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run) for arm in arms for rate in arm.rates]
+        sweep = runner.run_all(tries, workers)
+        rates = {arm.name: _best_rate([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
     jobs = []
     for seed in seeds:  # one seed of all arms after the other: a comparison that is stopped early is still a fair one
         jobs.append(Job(DO_NOTHING, "confirm", 0.0, seed, lambda rate, seed: do_nothing(seed)))

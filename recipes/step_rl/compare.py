@@ -5,14 +5,15 @@ Paper       RL on Incorrect Synthetic Data, https://arxiv.org/abs/2406.14532 (fi
 Data        Made-up arithmetic chains; a Llama of 0.7 million weights that learns them from nothing, per seed.
 Fair        Every arm starts from the same fine-tuned model of its seed, learns from the same new problems (whose
             answers it knows, not their solutions), takes the same number of optimiser steps and draws as many tokens
-            as per-step DPO needs for solutions and rollouts. Rates are swept per arm with the same budget on one seed,
-            by accuracy on validation problems, and confirmed on fresh seeds; the table shows test problems. Doing
-            nothing and continued SFT are in it.
+            as per-step DPO needs for solutions and rollouts. Rates are swept per arm with the same budget on one seed
+            with its own held-out problems, and confirmed on fresh seeds. Doing nothing and continued SFT are in it.
+Curve       --curve 280 560 800: the same from models that learnt from so many solved problems, at the chosen rates; how
+            many times the data an arm is worth is read off the curve of fine-tuning alone.
 Expected    The paper, on 7B models: per-step DPO as good as SFT on eight times the problems, trajectory DPO no better
             than SFT. On toys such orderings vanished under these controls before.
 Measured    recipes/LOG.md
 
-    python recipes/step_rl/compare.py --output_dir runs/compare --problems 1024
+    python recipes/step_rl/compare.py --output_dir runs/compare --workers 2 --curve 280 560 800
 
 A comparison that was stopped goes on where it was; --smoke runs all arms in a minute.
 """
@@ -20,6 +21,7 @@ A comparison that was stopped goes on where it was; --smoke runs all arms in a m
 import argparse
 import math
 import multiprocessing
+import multiprocessing.connection
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,8 +35,10 @@ from negtune.cli.recipe import run_recipe
 from negtune.credit import advantages_from_labels, labels_from_first_error
 from negtune.data.arithmetic import ANSWER_PATTERN, START_DIFFICULTY, Difficulty, chains, first_wrong_step, prompt_row
 from negtune.data.steps import split_lines, token_steps
-from negtune.eval.compare import Arm, compare
+from negtune.eval.compare import DO_NOTHING, Arm, Comparison, compare
+from negtune.eval.efficiency import efficiency
 from negtune.eval.solving import solve
+from negtune.metrics.stats import mean_interval
 from negtune.models.arithmetic import START_PROBLEMS, START_TRAINING, save_arithmetic
 from negtune.models.load import load_model
 from negtune.records import read_json, write_json, write_jsonl
@@ -61,9 +65,12 @@ parser.add_argument("--explored", type=int, default=256, help="new problems, of 
 parser.add_argument("--num_rollouts", type=int, default=8)
 parser.add_argument("--steps", type=int, default=100, help="optimiser steps of every arm")
 parser.add_argument("--batch", type=int, default=32, help="completions, or pairs, of a step")
-parser.add_argument("--test", type=int, default=400, help="problems of the table, and half as many to choose rates on")
+parser.add_argument("--test", type=int, default=400, help="held-out problems of every seed")
+parser.add_argument("--samples_of_test", type=int, default=4, help="of each of them, at temperature 1")
 parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
 parser.add_argument("--arms", nargs="+", help="of them only these")
+parser.add_argument("--curve", type=int, nargs="+", default=[], help="other numbers of solved problems to start from")
+parser.add_argument("--curve_seeds", type=int, default=3, help="of the seeds, the first so many for the curve")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--smoke", action="store_true")
 
@@ -71,16 +78,18 @@ parser.add_argument("--smoke", action="store_true")
 class Start:
     """What all arms of one seed share: problems, the fine-tuned model, solutions, pits."""
 
-    def __init__(self, args: argparse.Namespace, seed: int) -> None:
-        self.args, self.seed, self.folder = args, seed, args.output_dir / f"seed{seed}"
+    def __init__(self, args: argparse.Namespace, seed: int, problems: int) -> None:
+        self.args, self.seed = args, seed
+        self.folder = args.output_dir / (f"seed{seed}" if problems == args.problems else f"seed{seed}-{problems}")
         self.difficulty = Difficulty(args.min_steps, args.max_steps, 3 if args.smoke else 9)
-        made = chains(args.problems + args.explored, seed=seed, difficulty=self.difficulty)
-        rows = [prompt_row(row) for row in made]
-        self.rows, self.new = rows[: args.problems], rows[args.problems :]
+        solved = chains(problems, seed=seed, difficulty=self.difficulty)
+        new = chains(args.explored, seed=seed, split="validation", difficulty=self.difficulty)
+        self.rows, self.new = [prompt_row(row) for row in solved], [prompt_row(row) for row in new]
         base = self.folder / "base"
         if not (base / "config.json").exists():
             save_arithmetic(base, seed)
-        training = {**START_TRAINING, "epochs": args.sft_epochs, "learning_rate": args.sft_rate}
+        epochs = args.sft_epochs * args.problems / problems  # as many steps
+        training = {**START_TRAINING, "epochs": epochs, "learning_rate": args.sft_rate}
         self.sft = str(fine_tune(str(base), self.rows, self.folder / "sft", seed=seed, disable_tqdm=True, **training))
         self.verifier = ExactVerifier(pattern=ANSWER_PATTERN)
         self.params = SamplingParams(max_tokens=MAX_TOKENS, seed=seed)
@@ -91,14 +100,13 @@ class Start:
         return HFSampler(model, tokenizer, batch_size=256, policy=f"sft {self.seed}")
 
     def solved(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        """Accuracy on validation and test problems, four samples of each."""
-        sampler, found = HFSampler(model, tokenizer, batch_size=256), {}
-        for split, n in (("validation", self.args.test // 2), ("test", self.args.test)):
-            rows = [prompt_row(r) for r in chains(n, seed=self.seed, split=split, difficulty=self.difficulty)]
-            rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]
-            metrics = solve(sampler, self.verifier, rows, n=4, params=self.params).metrics
-            found |= {split: metrics["accuracy"], f"{split} pass@4": metrics["pass@4"]}
-        return found
+        """Accuracy on this seed's held-out problems."""
+        n = self.args.samples_of_test
+        rows = [prompt_row(r) for r in chains(self.args.test, seed=self.seed, split="test", difficulty=self.difficulty)]
+        rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]
+        sampler = HFSampler(model, tokenizer, batch_size=256)
+        metrics = solve(sampler, self.verifier, rows, n=n, params=self.params).metrics
+        return {name: metrics[name] for name in ("accuracy", f"pass@{n}")}
 
     # --- samples, each kind drawn once and kept ---
 
@@ -191,11 +199,7 @@ def finished(start: Start, trainer: Any, tokens: int) -> dict[str, float]:
     except NonFiniteLossError:
         bad = True
     bad = bad or any(math.isnan(row.get("loss", 0.0)) for row in trainer.state.log_history)
-    found = (
-        dict.fromkeys(("validation", "test"), math.nan)
-        if bad
-        else start.solved(trainer.model, trainer.processing_class)
-    )
+    found = {"accuracy": math.nan} if bad else start.solved(trainer.model, trainer.processing_class)
     return {**found, "tokens_sampled": tokens, "gradient_steps": trainer.state.global_step}
 
 
@@ -378,6 +382,9 @@ ARMS = {
 }
 
 
+CURVE = ("continued SFT", "RFT", "trajectory DPO", "per-step DPO")
+
+
 def prepare(start: Callable[[int], Start], seeds: list[int], workers: int) -> None:
     """Everything that runs share, on the disk, one process a seed."""
 
@@ -385,17 +392,77 @@ def prepare(start: Callable[[int], Start], seeds: list[int], workers: int) -> No
         start(seed).more()
         start(seed).valued()
 
-    if workers == 1:
-        for seed in seeds:
-            one(seed)
-        return
-    processes = [multiprocessing.get_context("fork").Process(target=one, args=(seed,)) for seed in seeds]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError("the preparation of a seed failed; its message is above")
+    waiting, running = list(seeds), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(multiprocessing.get_context("fork").Process(target=one, args=(waiting.pop(0),)))
+            running[-1].start()
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in running):
+            raise RuntimeError("the preparation of a seed failed; its message is above")
+        running = [process for process in running if process.exitcode is None]
+
+
+class Experiment:
+    """All comparisons of one command line."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.starts: dict[tuple[int, int], Start] = {}
+        aside = ("output_dir", "seeds", "arms", "workers", "curve", "curve_seeds")
+        self.settings = {name: value for name, value in vars(args).items() if name not in aside}
+
+    def start(self, problems: int, seed: int) -> Start:
+        key = problems, seed
+        if key not in self.starts:
+            self.starts[key] = Start(self.args, seed, problems)
+        return self.starts[key]
+
+    def compare(self, problems: int, rates: Mapping[str, tuple[float, ...]], seeds: list[int]) -> Comparison:
+        """Arms at these rates, from models that learnt from so many solved problems."""
+        start = partial(self.start, problems)
+        arms = [Arm(name, self._run(ARMS[name][0], start), of_arm) for name, of_arm in rates.items()]
+        prepare(start, [0, *seeds] if any(len(r) > 1 for r in rates.values()) else seeds, self.args.workers)
+        return compare(
+            arms,
+            lambda seed: start(seed).solved(*load_model(start(seed).sft)),
+            seeds=seeds,
+            sweep_seed=0,
+            metric="accuracy",
+            folder=self.args.output_dir,
+            baseline="continued SFT" if "continued SFT" in rates else DO_NOTHING,
+            settings={**self.settings, "problems": problems},
+            worst=0.0,
+            workers=self.args.workers,
+        )
+
+    def _run(self, run: Callable[[Start, float], dict[str, float]], start: Callable[[int], Start]) -> Callable:
+        return lambda rate, seed: run(start(seed), rate)
+
+    def curve(self, main: Comparison) -> dict[int, Comparison]:
+        """By the number of solved problems to start from, that of `main` among them."""
+        rates = {name: (main.rates[name],) for name in CURVE if name in main.rates}
+        seeds = self.args.seeds[: self.args.curve_seeds]
+        others = {n: self.compare(n, rates, seeds) for n in self.args.curve}
+        return dict(sorted({self.args.problems: main, **others}.items()))
+
+
+def curve_table(curve: Mapping[int, Comparison], seeds: list[int]) -> str:
+    """Accuracy of each arm by number of problems, and how many times the data it is worth."""
+    arms = [DO_NOTHING, *(name for name in CURVE if name in next(iter(curve.values())).rates)]
+    lines = [f"| problems | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    for n, found in curve.items():
+        values = [[found.values(arm, found.metric)[seed] for seed in seeds] for arm in arms]
+        lines.append(f"| {n} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_interval(v)) for v in values) + " |")
+    lines += ["", "Times the data that fine-tuning alone needs for the same accuracy, by seed:", ""]
+    for arm in arms[1:]:
+        for n, found in curve.items():
+            factors = []
+            for seed in seeds:
+                alone = {m: c.values(DO_NOTHING, c.metric)[seed] for m, c in curve.items()}
+                factors.append(efficiency(alone, n, found.values(arm, found.metric)[seed]))
+            lines.append(f"- {arm}, {n}: " + ", ".join(f"{factor:.2f}" for factor in factors))
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -405,35 +472,45 @@ def main() -> None:
         args.problems, args.explored, args.samples, args.num_rollouts = 100, 24, 4, 4
         args.min_steps, args.max_steps, args.sft_epochs, args.sft_rate = 1, 2, 30, 5e-3
         args.steps, args.batch, args.test, args.seeds = 3, 8, 8, args.seeds[:2]
-    starts: dict[int, Start] = {}
-
-    def start(seed: int) -> Start:
-        return starts.setdefault(seed, Start(args, seed))
-
-    chosen = {name: arm for name, arm in ARMS.items() if not args.arms or name in args.arms}
-    arms = [
-        Arm(name, lambda rate, seed, run=run: run(start(seed), rate), rates) for name, (run, rates) in chosen.items()
-    ]
-    prepare(start, [0, *args.seeds], args.workers)
-    fixed = {k: v for k, v in vars(args).items() if k not in ("output_dir", "seeds", "arms", "workers")}
-    found = compare(
-        arms,
-        lambda seed: start(seed).solved(*load_model(start(seed).sft)),
-        seeds=args.seeds,
-        sweep_seed=0,
-        metric="validation",
-        folder=args.output_dir,
-        baseline="continued SFT" if "continued SFT" in chosen else "do nothing",
-        settings=fixed,
-        worst=0.0,
-        workers=args.workers,
-    )
-    located = [{"seed": seed, **agreement(start(seed))} for seed in args.seeds]
+        args.curve, args.curve_seeds = args.curve[:1], 2
+    experiment = Experiment(args)
+    wanted = {name: rates for name, (_, rates) in ARMS.items() if not args.arms or name in args.arms}
+    found = experiment.compare(args.problems, wanted, args.seeds)
+    text = found.markdown()
+    located = [{"seed": seed, **agreement(experiment.start(args.problems, seed))} for seed in args.seeds]
     write_jsonl(args.output_dir / "pits.jsonl", located)
-    text = found.markdown() + "\nMonte-Carlo pits against the first wrong line (mean over seeds):\n\n"
+    text += "\nMonte-Carlo pits against the first wrong line (mean over seeds):\n\n"
     text += "\n".join(f"- {k}: {sum(r[k] for r in located) / len(located):.3g}" for k in located[0] if k != "seed")
+    if args.curve:
+        curve = experiment.curve(found)
+        text += "\n\nAccuracy by number of solved problems to start from:\n\n"
+        text += curve_table(curve, args.seeds[: args.curve_seeds])
+        draw(curve, args.seeds[: args.curve_seeds], args.output_dir / "curve.png")
     (args.output_dir / "compare.md").write_text(text + "\n")
     print(text)
+
+
+def draw(curve: Mapping[int, Comparison], seeds: list[int], file: Path) -> None:
+    """Accuracy against the number of problems, one line per arm, seeds as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    arms = [DO_NOTHING, *(name for name in CURVE if name in next(iter(curve.values())).rates)]
+    for arm in arms:
+        values = {n: [c.values(arm, c.metric)[seed] for seed in seeds] for n, c in curve.items()}
+        means = [sum(v) / len(v) for v in values.values()]
+        (line,) = axes.plot(list(values), means, label="SFT alone" if arm == DO_NOTHING else arm)
+        for n, of_seeds in values.items():
+            axes.plot([n] * len(of_seeds), of_seeds, ".", color=line.get_color(), alpha=0.5)
+    axes.set(xscale="log", xlabel="solved problems to start from", ylabel="accuracy on held-out problems")
+    axes.set_xticks(list(curve), [str(n) for n in curve])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,16 @@ def test_each_arm_is_confirmed_at_its_own_best_rate_on_the_fresh_seeds_only(tmp_
     assert found.values("NPO", "accuracy") == pytest.approx({1: 0.61, 2: 0.62, 3: 0.63})
 
 
+def test_one_rate_each_is_not_swept(tmp_path):
+    calls = []
+    arms = [Arm(arm.name, counted(calls, arm.name, arm.run), arm.rates[1:2]) for arm in two_arms()]
+    found = comparison(tmp_path, arms)
+    assert {seed for _, _, seed in calls} == {1, 2, 3}
+    assert found.rates == {"SFT": 1e-3, "NPO": 1e-4}
+    assert "Sweep" not in found.markdown()
+    assert "chosen on another seed" not in found.markdown()
+
+
 def test_means_and_paired_differences_by_hand(tmp_path):
     # .61 .62 .63: mean .62, s = .01, half = t(.975, 2) s / sqrt 3 = 4.30265 * .01 / 1.73205 = .024841
     # NPO - nothing at each seed: .3, .3, .3, although both vary over seeds

@@ -10,6 +10,7 @@ from negtune.rollouts.store import RecordStore
 from tests.recipes.test_recipes import launch
 
 pytestmark = pytest.mark.slow
+STORES = ("rollouts", "continuations", "steps-binary")
 
 
 def accuracies(folder) -> dict[str, float]:
@@ -19,16 +20,17 @@ def accuracies(folder) -> dict[str, float]:
 def test_per_step_dpo_from_problems_to_pass_at_k(tmp_path):
     done = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(accuracies(tmp_path)) == ["fine-tuned", "step_dpo"]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "step_dpo", "continued SFT"]
     assert "pairs of" in done.stdout
-    drawn = {name: len(RecordStore(tmp_path / "store", name)) for name in ("rollouts", "continuations", "steps")}
+    drawn = {name: len(RecordStore(tmp_path / "store", name)) for name in STORES}
     assert min(drawn.values()) > 0
     again = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
     assert again.returncode == 0, again.stderr[-3000:]
     assert {name: len(RecordStore(tmp_path / "store", name)) for name in drawn} == drawn
-    other = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--loss_type", "dpo")
+    other = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--beta", "0.2")
     assert other.returncode != 0
-    assert "is of a run with other settings (loss_type)" in other.stderr
+    assert "is of a run with other settings (beta)" in other.stderr
+    assert "minus fine-tuned_low" in json.loads((tmp_path / "metrics.json").read_text())["arms"]["step_dpo"]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +43,12 @@ def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, mo
             monkeypatch.setenv(name, "1")
     done = launch("step_rl/advantage.py", tmp_path, "--smoke", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(accuracies(tmp_path)) == ["fine-tuned", "reinforce"]
-    stores = [tmp_path / "policy" / "rounds"] if flags else [tmp_path / "store"]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "reinforce", "continued SFT"]
+    stores = list(tmp_path.glob("policy/reinforce-*/rounds")) if flags else [tmp_path / "store"]
+    assert stores
     assert all(len(RecordStore(store)) for store in stores)
     if "--step_credit" in flags:
-        assert len(RecordStore(tmp_path / "credit", "continuations"))
+        assert len(RecordStore(next(tmp_path.glob("policy/reinforce-*/credit")), "continuations"))
 
 
 ARMS = ("continued SFT", "per-step DPO", "advantage, labels", "NSR, on-policy", "GRPO (TRL)")
@@ -62,7 +65,7 @@ def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "recipes/step_rl/compare.py", "--output_dir", str(tmp_path), "--smoke"),
-            *("--seeds", "1", "2", "--workers", "2", "--arms", *ARMS),
+            *("--seeds", "1", "2", "--workers", "2", "--curve", "60", "--arms", *ARMS),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -75,3 +78,6 @@ def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
     for arm in ("do nothing", *ARMS):
         assert f"| {arm} |" in text
     assert "binary: rollouts per pit" in text
+    assert "| 60 | " in text
+    assert "per-step DPO, 100: " in text
+    assert (tmp_path / "curve.png").stat().st_size > 10_000

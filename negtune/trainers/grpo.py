@@ -6,6 +6,7 @@ and the advantages `[B]` become `[B T]`. `tests/contracts` pins them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,7 +207,10 @@ class StepGRPOTrainer(GRPOTrainer):
 
 
 def _as_advantages(scores: Sequence[float | None], steps: int, kind: str) -> list[float | None]:
-    """One advantage per step. Raises ValueError for another number of scores."""
+    """One advantage per step. Raises ValueError for another number of scores, and for what is no number."""
+    wrong = [score for score in scores if score is not None and not math.isfinite(score)]
+    if wrong:
+        raise ValueError(f"a step reward function gave {wrong[0]}; give None for a step that was not judged")
     if kind == "values" and len(scores) in (steps, steps + 1):
         return step_advantages(scores if len(scores) > steps else [None, *scores])
     if len(scores) != steps:

@@ -231,6 +231,15 @@ def test_what_cannot_work_is_refused(grpo):
         grpo(steps=lambda prompts, completions, steps, **k: [[0.0] for _ in steps], max_steps=1)
 
 
+@pytest.mark.parametrize("kind", ["rewards", "values"])
+def test_a_step_score_that_is_no_number_is_refused_before_it_makes_the_loss_one(grpo, kind):
+    def nan(prompts, completions, steps, **columns):
+        return [[float("nan")] * len(s) for s in steps]
+
+    with pytest.raises(ValueError, match="gave nan; give None for a step that was not judged"):
+        grpo(steps=nan, step_scores=kind, max_steps=1)
+
+
 def test_a_resumed_run_goes_on(grpo, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "steps": bad_steps}
     grpo(**settings)

@@ -5,55 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from negtune import HFSampler, SamplingParams, StepGRPOConfig, StepGRPOTrainer
-from negtune.models.load import load_tokenizer
+from negtune import HFSampler, SamplingParams
 from negtune.rollouts.steps import RolloutCredit, Search
 from negtune.trainers.guards import PenaltyWarning
 from negtune.verifiers.verdict import FromRewardFunction
 from tests.trainers.test_advantage import bad_steps, is_good
-
-SETTINGS = {
-    **{"per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 2, "max_completion_length": 24},
-    **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"},
-    **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "seed": 3},
-}
-
-
-@pytest.fixture
-def grpo(tmp_path, chain_folder, prompts):
-    """`grpo(steps=..., train=True, ...)` -> trainer that keeps what it generated in `seen`."""
-    from datasets import Dataset
-
-    def build(
-        cls=StepGRPOTrainer, config=StepGRPOConfig, reward=is_good, steps=None, train=True, kwargs=None, **settings
-    ):
-        seen: list[dict] = []
-
-        class Watched(cls):
-            def _generate_and_score_completions(self, inputs):
-                out = super()._generate_and_score_completions(inputs)
-                seen.append({name: value.clone() for name, value in out.items() if isinstance(value, torch.Tensor)})
-                return out
-
-        given = {} if steps is None else {"step_reward_funcs": steps}
-        trainer = Watched(
-            model=AutoModelForCausalLM.from_pretrained(chain_folder),
-            args=config(output_dir=str(tmp_path / "run"), **{**SETTINGS, **settings}),
-            train_dataset=Dataset.from_list(prompts),
-            processing_class=load_tokenizer(chain_folder),
-            reward_funcs=reward,
-            **given,
-            **(kwargs or {}),
-        )
-        trainer.seen = seen
-        if train:
-            trainer.train()
-        return trainer
-
-    return build
 
 
 def lines_of(trainer, batch, i) -> list[tuple[str, float]]:

@@ -164,12 +164,6 @@ def test_the_policy_of_step_credit_has_the_weights_in_its_name(grpo):
     assert Told.names[0] == Told.names[2]
 
 
-def test_signs_are_logged_apart(grpo):
-    log = grpo(steps=bad_steps, max_steps=1).state.log_history[0]
-    assert 0 < log["positive/tokens"] < 1
-    assert 0 < log["negative/tokens"] < 1
-
-
 def test_a_penalty_that_the_group_scale_cancels_is_named(grpo):
     def harsh(prompts, completions, **columns):
         return [1.0 if c.endswith("good") else -9.0 for c in completions]
@@ -179,6 +173,8 @@ def test_a_penalty_that_the_group_scale_cancels_is_named(grpo):
 
 
 def test_what_cannot_work_is_refused(grpo):
+    with pytest.raises(ValueError, match="gradient_norms_every must be >= 0, got -1"):
+        grpo(gradient_norms_every=-1, train=False)
     with pytest.raises(ValueError, match="needs args=StepGRPOConfig"):
         grpo(config=GRPOConfig, train=False)
     with pytest.raises(ValueError, match="step_split must be one of lines, sentences, got 'words'"):

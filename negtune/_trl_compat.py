@@ -2,8 +2,9 @@
 
 - `BaseTrainer`, `BaseConfig`: what TRL's own trainers extend. Used for the accumulation shim and TRL's defaults.
 - `loss_is_scaled_for_ga`: who divides by gradient accumulation steps. False: the host divides.
-- `GRPOTrainer`'s two hooks that `trainers.grpo` overrides, `_calculate_rewards` and `_generate_and_score_completions`,
-  and `vllm_generation`, whose weights it hands over on a CPU.
+- `GRPOTrainer`'s two hooks that `trainers.grpo` overrides, `_calculate_rewards` and `_generate_and_score_completions`;
+  `_get_per_token_logps_and_entropies` and `_metrics`, through which it learns of the loss's log-probabilities and tells
+  of them; and `vllm_generation`, whose weights it hands over on a CPU.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ averaged over the optimiser step, over all micro-batches and processes; the host
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,15 +301,7 @@ class AdvantageTrainer(BaseTrainer):
                 policy, credit = self._read(model, inputs)
                 loss = _reduce(self.objective(policy, only(credit, sign)), credit, step, self.args.reduction)
                 found[side] = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        norms = {side: _norm(gradients) for side, gradients in found.items()}
-        for side, norm in norms.items():
-            self._sums.add_ratio(f"{side}/grad_norm", norm, 1)
-        if min(norms.values()) > 0:
-            inner = sum(
-                float(torch.vdot(a.flatten().float(), b.flatten().float()))
-                for a, b in zip(*found.values(), strict=True)
-            )
-            self._sums.add_ratio("grad_cosine", inner / math.prod(norms.values()), 1)
+        self._sums.add_gradients(found)
 
     @torch.no_grad()
     def _record_probe(self) -> None:
@@ -462,10 +453,6 @@ def _kl_to_reference(policy: SequenceLogps) -> Tensor:
     assert policy.ref_logps is not None  # kl_weight asked for a reference at construction
     difference = (policy.ref_logps - policy.logps).masked_fill(~policy.mask, 0.0)
     return difference.expm1() - difference
-
-
-def _norm(gradients: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(g.float())) ** 2 for g in gradients))
 
 
 def _refuse_scorers(*given: Any) -> None:

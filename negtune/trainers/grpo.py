@@ -1,29 +1,35 @@
 """TRL's `GRPOTrainer` with advantages per step: the same config, reward functions and vLLM modes, and three dials more.
 
-Two of its methods are overridden, both by what they return: rewards of which one is missing become missing altogether,
-and the advantages `[B]` become `[B T]`. `tests/contracts` pins them.
+Two of its methods are overridden by what they return: rewards of which one is missing become missing altogether, and
+the advantages `[B]` become `[B T]`. Two more are listened to: the loss, and the log-probabilities it is computed from.
+`tests/contracts` pins all four.
+
+Shapes: B completions, T completion tokens, F reward functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from negtune._trl_compat import sync_weights_on_cpu
 from negtune.credit import step_advantages
 from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
-from negtune.models.structure import unwrapped
+from negtune.models.structure import eval_mode, unwrapped
 from negtune.ops import weigh_signs
 from negtune.rollouts.attest import policy_name
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
+from negtune.trainers.progress import MetricSums
 from negtune.trainers.rounds import RESERVED_BY_STEPS, StepCredit, refuse_reserved
 
 
@@ -51,6 +57,13 @@ class StepGRPOConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Sign dial: negative advantages times this, last, so that no normalisation undoes it."},
     )
+    gradient_norms_every: int = field(
+        default=0,
+        metadata={
+            "help": "Optimiser steps between two measurements of the gradient of positives and negatives apart, on the "
+            "last micro-batch. 0: never. Costs a forward and two backward passes; not with FSDP or DeepSpeed."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None and (self.use_cpu or trains_on_cpu()):
@@ -64,6 +77,8 @@ class StepGRPOConfig(GRPOConfig):
                 f"sign weights cannot be negative, got positive_weight={self.positive_weight}, "
                 f"negative_weight={self.negative_weight}; 0 leaves a sign out"
             )
+        if self.gradient_norms_every < 0:
+            raise ValueError(f"gradient_norms_every must be >= 0, got {self.gradient_norms_every}; 0 is never")
 
 
 class StepGRPOTrainer(GRPOTrainer):
@@ -99,6 +114,9 @@ class StepGRPOTrainer(GRPOTrainer):
         self.step_reward_funcs: list[Callable] = [step_reward_funcs] if single else list(step_reward_funcs or ())
         self._captured: tuple[list, list, list, list] | None = None
         self._warned = False
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._scored: tuple[Tensor, ...] | None = None
+        self._measuring = False
         super().__init__(*args, **kwargs)
         generation = getattr(self, "vllm_generation", None)
         if generation is not None and generation.mode == "colocate" and self.accelerator.device.type == "cpu":
@@ -138,7 +156,6 @@ class StepGRPOTrainer(GRPOTrainer):
         )
         unscored = torch.tensor([reward is None for reward in self._rewards], device=advantages.device)
         out["advantages"] = advantages.masked_fill(unscored[:, None], 0.0)
-        self._log_signs(out)
         return out
 
     def _with_steps(self, advantages: Float[Tensor, "B T"], out: dict[str, Any]) -> Float[Tensor, "B T"]:
@@ -186,27 +203,98 @@ class StepGRPOTrainer(GRPOTrainer):
         """Name of the weights of this moment, which other weights do not get."""
         return policy_name(self.model, f"step {self.state.global_step}")
 
-    def _log_signs(self, out: dict[str, Any]) -> None:
-        """Share of tokens that are pushed up and down, and how likely the engine found each kind."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        mask, advantages = out["completion_mask"].bool(), out["advantages"]
-        if "tool_mask" in out:
-            mask = mask & out["tool_mask"].bool()
-        logps = out.get("sampling_per_token_logps", out.get("old_per_token_logps"))
-        total = self.accelerator.gather(mask.sum()).sum().clamp(min=1)
+    # --- what a person sees -------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's, and a record of what it was computed from."""
+        if model.training and self._gradients_are_due():
+            self._record_gradients(inputs)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self._scored is not None
+        self._record(inputs, self._scored[0].detach())
+        self._scored = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """TRL's. Its last answer is kept; while gradients are measured, it is the answer to everything."""
+        if self._scored is None or not self._measuring:
+            self._scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._scored
+
+    @torch.no_grad()
+    def _record(self, inputs: Mapping[str, Any], logps: Float[Tensor, "B T"]) -> None:
+        """Positives and negatives apart: their share of the tokens, how likely they are, and what they deserve."""
+        sums = self._sums["train" if self.model.training else "eval"]
+        mask, advantages = _in_loss(inputs), inputs["advantages"]
         for side, tokens in (("positive", mask & (advantages > 0)), ("negative", mask & (advantages < 0))):
-            count = self.accelerator.gather(tokens.sum()).sum()
-            metrics[f"{side}/tokens"].append((count / total).item())
-            if logps is not None:
-                drawn = logps.nan_to_num(0.0).masked_fill(~tokens, 0.0)
-                metrics[f"{side}/logp"].append((self.accelerator.gather(drawn.sum()).sum() / count.clamp(min=1)).item())
+            sums.add_ratio(f"{side}/tokens", int(tokens.sum()), int(mask.sum()))
+            if tokens.any():
+                sums.add(f"{side}/logp", logps[tokens])
+                sums.add(f"{side}/probability", logps[tokens].exp())
+                sums.add(f"{side}/advantage", advantages[tokens])
+
+    def _gradients_are_due(self) -> bool:
+        """At the last micro-batch of every so manieth step. Where parameters are split no process has a gradient."""
+        every = self.args.gradient_norms_every
+        if not every or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return self.accelerator.sync_gradients and (self.state.global_step + 1) % every == 0
+
+    def _record_gradients(self, inputs: Mapping[str, Any]) -> None:
+        """Norm of the gradient of the policy term on positive and on negative tokens alone, and the angle between them.
+
+        All of TRL's losses are sums over tokens, to which a token of advantage 0 brings its KL and entropy terms alone:
+        the loss with the advantages of one sign minus the loss with none is the part of that sign. Of one micro-batch,
+        averaged as if it were the whole step, in a pass of its own without dropout and without random numbers, so that
+        the training step is what it would be without. Holds two gradients besides.
+        """
+        model, advantages = unwrapped(self.model), inputs["advantages"]
+        kept = {"positive": advantages.clamp(min=0), "negative": advantages.clamp(max=0), "neither": advantages * 0}
+        alone = {"num_items_in_batch": _in_loss(inputs).sum() * self.accelerator.num_processes}
+        losses, metrics = {}, self._metrics
+        self._metrics, self._measuring, self._scored = {"eval": defaultdict(list)}, True, None
+        try:
+            with eval_mode(model):
+                for side, part in kept.items():
+                    losses[side] = super().compute_loss(model, {**inputs, **alone, "advantages": part})
+        finally:
+            self._metrics, self._measuring, self._scored = metrics, False, None
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = {
+            side: torch.autograd.grad(
+                losses[side] - losses["neither"],
+                parameters,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for side in ("positive", "negative")
+        }
+        self._sums["train"].add_gradients(gradients)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the records since the last logging step or of the evaluation, over all tokens of all processes."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update({name: [value] for name, value in self._sums[mode].flush().items()})
+        super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
 
+def _in_loss(inputs: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
+    """The tokens that TRL's loss counts: of whole completions, and not what a tool wrote."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
 def _as_advantages(scores: Sequence[float | None], steps: int, kind: str) -> list[float | None]:
-    """One advantage per step. Raises ValueError for another number of scores."""
+    """One advantage per step. Raises ValueError for another number of scores, and for what is no number."""
+    wrong = [score for score in scores if score is not None and not math.isfinite(score)]
+    if wrong:
+        raise ValueError(f"a step reward function gave {wrong[0]}; give None for a step that was not judged")
     if kind == "values" and len(scores) in (steps, steps + 1):
         return step_advantages(scores if len(scores) > steps else [None, *scores])
     if len(scores) != steps:

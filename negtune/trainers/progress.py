@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -44,6 +46,22 @@ class MetricSums:
         self.add_ratio("tokens/shared", counts.rows - counts.distinct, counts.rows)
         self.add_ratio("tokens/padding", counts.processed - counts.distinct, counts.processed)
 
+    def add_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
+        """`side/grad_norm` of two sides, and `grad_cosine` between them where neither is zero.
+
+        Args:
+            gradients: by side, one per parameter.
+        """
+        norms = {side: _norm(tensors) for side, tensors in gradients.items()}
+        for side, norm in norms.items():
+            self.add_ratio(f"{side}/grad_norm", norm, 1)
+        if min(norms.values()) > 0:
+            inner = sum(
+                float(torch.vdot(a.flatten().float(), b.flatten().float()))
+                for a, b in zip(*gradients.values(), strict=True)
+            )
+            self.add_ratio("grad_cosine", inner / math.prod(norms.values()), 1)
+
     def add_quantiles(self, name: str, values: Tensor) -> None:
         """Keep `values` for the 10 %, 50 % and 90 % quantiles; of very many only every so manieth."""
         flat = values.float().flatten()
@@ -67,6 +85,10 @@ class MetricSums:
             quantiles = np.quantile(np.asarray(items), list(QUANTILES.values()))  # torch's takes 2^24 values at most
             metrics |= {f"{name}_{label}": q for label, q in zip(QUANTILES, quantiles.tolist(), strict=True)}
         return metrics
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(g.float())) ** 2 for g in gradients))
 
 
 class HistoryCallback(TrainerCallback):

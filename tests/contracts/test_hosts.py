@@ -79,6 +79,33 @@ def test_the_grpo_loss_takes_advantages_per_token():
     assert "advantages.unsqueeze(1)" in source
 
 
+def test_the_grpo_loss_asks_for_its_log_probabilities_once_and_they_come_first():
+    """They are what is logged by sign; `compute_loss` and `log` are the hosts' public hooks."""
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert source.count("self._get_per_token_logps_and_entropies(") == 1
+    assert "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(" in source
+    wanted = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+    assert list(inspect.signature(GRPOTrainer.compute_loss).parameters) == wanted
+    assert "return self._compute_loss(model, inputs)" in inspect.getsource(GRPOTrainer.compute_loss)
+    assert list(inspect.signature(GRPOTrainer.log).parameters) == ["self", "logs", "start_time"]
+    assert "for key, val in self._metrics[mode].items()" in inspect.getsource(GRPOTrainer.log)
+
+
+def test_a_grpo_loss_in_evaluation_mode_changes_nothing_but_the_metrics():
+    """Gradients by sign are measured with it. Anything else that it writes to itself would have to be put back."""
+    import re
+
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    written = set(re.findall(r"^ *self\.(\w+) = ", source, re.M))
+    assert written == {"entropy_coef", "_entropy_window_stats", "_last_world_entropy"}
+    assert 'if self.use_adaptive_entropy and mode == "train":' in source
+    assert 'mode = "train" if self.model.training else "eval"' in source
+
+
 def test_the_colocated_engine_is_reached_where_we_hand_weights_over():
     from trl.generation import vllm_generation
 

@@ -111,3 +111,48 @@ def probabilities(forget_rows, retain_rows, knowing_folder):
         return {side: metrics[f"{side}/probability"] for side in sets}
 
     return measure
+
+
+@pytest.fixture
+def grpo(tmp_path, chain_folder, prompts):
+    """`grpo(cls, steps=..., train=True, ...)` -> trainer that keeps what it generated in `seen`."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from negtune import StepGRPOConfig, StepGRPOTrainer
+    from negtune.models.load import load_tokenizer
+    from tests.trainers.test_advantage import is_good
+
+    defaults = {
+        **{"per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 2, "max_completion_length": 24},
+        **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"},
+        **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "seed": 3},
+    }
+
+    def build(
+        cls=StepGRPOTrainer, config=StepGRPOConfig, reward=is_good, steps=None, train=True, kwargs=None, **settings
+    ):
+        seen: list[dict] = []
+
+        class Watched(cls):
+            def _generate_and_score_completions(self, inputs):
+                out = super()._generate_and_score_completions(inputs)
+                seen.append({name: value.clone() for name, value in out.items() if isinstance(value, torch.Tensor)})
+                return out
+
+        given = {} if steps is None else {"step_reward_funcs": steps}
+        trainer = Watched(
+            model=AutoModelForCausalLM.from_pretrained(chain_folder),
+            args=config(output_dir=str(tmp_path / "run"), **{**defaults, **settings}),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=load_tokenizer(chain_folder),
+            reward_funcs=reward,
+            **given,
+            **(kwargs or {}),
+        )
+        trainer.seen = seen
+        if train:
+            trainer.train()
+        return trainer
+
+    return build

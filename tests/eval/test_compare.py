@@ -141,7 +141,7 @@ def test_a_run_that_does_not_count_what_it_spends_is_refused(tmp_path, name):
         return {key: value for key, value in peak(1)(rate, seed).items() if key != name}
 
     with pytest.raises(ValueError, match=f"a run of a returned no {name}"):
-        comparison(tmp_path, [Arm("a", run, (1.0,))])
+        comparison(tmp_path, [Arm("a", run, (1.0, 2.0))])
     assert not (tmp_path / "runs.jsonl").exists()
 
 
@@ -268,8 +268,8 @@ def test_a_finished_comparison_runs_nothing_again_and_a_diverged_run_stays_diver
 
 def test_runs_of_other_settings_are_not_used_and_stay_in_the_file(tmp_path):
     calls = []
-    arms = [Arm("a", counted(calls, "a", peak(1)), (1.0,))]
-    for rows, expected in ((100, 4), (200, 8), (100, 8)):
+    arms = [Arm("a", counted(calls, "a", peak(1)), (1.0, 2.0))]
+    for rows, expected in ((100, 5), (200, 10), (100, 10)):
         comparison(tmp_path, arms, settings={"rows": rows, "sizes": (1, 2)})
         assert len(calls) == expected
 

@@ -9,14 +9,15 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 
+from negtune.eval import solving
 from negtune.eval.unlearning import Evaluation, better, evaluate
 from negtune.models.load import load_model
 from negtune.models.merge import merge_adapter
@@ -51,15 +52,24 @@ class Run:
         arguments: settings to record; private text must not be among them.
         seed: of the run.
         redacted: whether texts were kept out.
+        task: `unlearning`, or `solving` for arms with the metrics of `solve`; decides what the report asks.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, seed: int, redacted: bool = False, **words: Any) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        seed: int,
+        redacted: bool = False,
+        task: Literal["unlearning", "solving"] = "unlearning",
+        **words: Any,
+    ) -> None:
         self.folder, self.started = Path(folder), time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         if redacted:
             for stale in (self.folder / "eval_rows.jsonl", *self.folder.glob("nonfinite_*.json")):
                 stale.unlink(missing_ok=True)  # text that an earlier, unredacted run left in this folder
-        self.record = {"seed": seed, "redacted": redacted, **words}
+        self.record = {"seed": seed, "redacted": redacted, "task": task, **words}
         self.arms: dict[str, dict[str, float | None]] = {}
         self.samples: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -123,11 +133,20 @@ class Run:
         self.arms[name] = dict(metrics)
         self.write()
 
+    def add_answers(self, side: str, rows: Sequence[tuple[str, str, str]], arm: str) -> None:
+        """Keep prompt, wanted answer and what an arm said; `samples.jsonl` has them beside those of other arms."""
+        for prompt, gold, answer in rows:
+            sample = {"side": side, "prompt": prompt, "gold": gold, "answers": {}}
+            self.samples.setdefault((side, prompt), sample)["answers"][arm] = answer
+        write_jsonl(self.folder / "samples.jsonl", self.samples.values())
+
     def write(self) -> None:
         """Write `run.json` and `metrics.json`."""
         names = dict.fromkeys(name for arm in self.arms.values() for name in arm)
-        directions = {name: better(name) for name in names if better(name)}
-        primary = [name for name in PRIMARY if name in names]
+        solved = self.record["task"] == "solving"
+        direction = solving.better if solved else better
+        directions = {name: direction(name) for name in names if direction(name)}
+        primary = solving.primary(names) if solved else [name for name in PRIMARY if name in names]
         write_json(self.folder / "metrics.json", {"primary": primary, "better": directions, "arms": self.arms})
         write_json(
             self.folder / "run.json",

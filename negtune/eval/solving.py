@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from negtune.credit import Tally, best_of
 from negtune.metrics.stats import bootstrap_interval
@@ -52,6 +52,22 @@ def solve(
     In an evaluation a completion that never ends is a problem not solved: it counts as wrong here, and nowhere else.
     """
     return summary(answered(sampler, verifier, rows, n=n, params=params), ks)
+
+
+def better(name: str) -> Literal["higher", "lower"] | None:
+    """Which way a metric of `solve` should go; None for those that have no good side."""
+    if name in ("truncated", "unscored"):
+        return "lower"
+    return "higher" if name in ("accuracy", "reward") or name.startswith(("pass@", "minus ")) else None
+
+
+def primary(names: Iterable[str]) -> list[str]:
+    """The metrics that a report shows first, in its order, with the bounds of their intervals."""
+    found = list(names)
+    differences = [name for name in found if name.startswith("minus ")]
+    passes = [name for name in found if name.startswith("pass@")]
+    wanted = ["accuracy", "accuracy_low", "accuracy_high", *differences, *passes, "truncated", "unscored"]
+    return [name for name in wanted if name in found]
 
 
 Answer = list[tuple[Rollout, Verdict]]

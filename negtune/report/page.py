@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from negtune.report import solving
 from negtune.report.folder import Metrics, RunFolder
 from negtune.report.tables import (
     Table,
@@ -71,7 +72,7 @@ def build_page(folder: RunFolder, *, redact: bool = False) -> Page:
     pairs = [] if redact else choose_pairs(folder.samples)
     return Page(
         title=folder.title,
-        headline=headline(metrics),
+        headline=solving.headline(metrics) if _solves(folder) else headline(metrics),
         answers=_answers(folder),
         table=metrics_table(metrics, metrics.primary) if metrics.primary else None,
         others=metrics_table(metrics, metrics.others) if metrics.others else None,
@@ -105,12 +106,23 @@ def choose_pairs(samples: list[dict[str, Any]]) -> list[Pair]:
     ]
 
 
+def _solves(folder: RunFolder) -> bool:
+    return folder.run.get("task") == "solving"
+
+
 def _answers(folder: RunFolder) -> list[tuple[str, list[str]]]:
     run, metrics = folder.run, folder.metrics
     start, others = compared_arms(metrics)
     arm = others[-1] if len(others) == 1 else None
     objective = f"Objective: {run['objective']}." if run.get("objective") else None
     forgotten = [str(run.get("data") or "The run does not say which data."), *filter(None, [objective])]
+    if _solves(folder):
+        cost = solving.cost(metrics) + _time(run)
+        return [
+            (solving.WHAT, forgotten),
+            (solving.WORKED, solving.worked(metrics)),
+            (solving.COST, cost or ["Not recorded."]),
+        ]
     if start is None or not others:
         measured = f"only one arm ({start}) was measured" if start else "nothing was measured"
         worked, cost = [f"Not known: {measured}; it takes two, before and after, to tell."], []

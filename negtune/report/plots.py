@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from negtune.report.folder import Metrics, RunFolder
-from negtune.report.tables import label, number
+from negtune.report.tables import bounds, is_bound, label, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,8 @@ Draw = Callable[[Theme], "Figure"]
 
 def draw_plots(folder: RunFolder) -> list[Plot]:
     """Every plot that the folder has numbers for; an empty list without numbers. Needs matplotlib."""
-    candidates = (_probability(folder.history), _arms(folder.metrics), _weight(folder.history))
+    history = folder.history
+    candidates = (_probability(history), _likelihood(history), _arms(folder.metrics), _weight(history))
     return [
         Plot(name, title, description, _png(draw, LIGHT), _png(draw, DARK))
         for name, title, description, draw in filter(None, candidates)
@@ -116,9 +117,35 @@ def _probability(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | 
     return "probability", "Probability of forget and retain answers over steps", description, draw
 
 
+def _likelihood(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:
+    """Log-probability of what is pushed up and what is pushed down, over steps."""
+    for up, down in (("positive", "negative"), ("chosen", "rejected")):
+        lines = {side: series(history, f"{side}/logp") for side in (up, down)}
+        lines = {side: points for side, points in lines.items() if points[0]}
+        if lines:
+            break
+    else:
+        return None
+    styles = {up: ("retain", "--", "s"), down: ("forget", "-", "o")}
+
+    def draw(theme: Theme) -> Figure:
+        figure, (axes,) = _figure(theme, [3.0])
+        for side, (steps, values) in lines.items():
+            colour, dash, marker = styles[side]
+            axes.plot(steps, values, dash, marker=marker, markersize=4, linewidth=2, color=theme.sides[colour])
+        axes.set(xlabel=STEPS, ylabel="log-probability per token (nats)")
+        _label_ends(axes, {side: (s, v, theme.sides[styles[side][0]]) for side, (s, v) in lines.items()})
+        return figure
+
+    ends = ", ".join(f"{side} {number(v[0])} to {number(v[-1])}" for side, (_, v) in lines.items())
+    title = f"How likely {up} and {down} tokens are over steps"
+    return "likelihood", title, f"Mean log-probability per token in training batches: {ends}.", draw
+
+
 def _arms(metrics: Metrics) -> tuple[str, str, str, Draw] | None:
     """One group of bars per primary metric and one bar per arm; metrics beyond [0, 1] get a scale of their own."""
-    names = [name for name in metrics.primary if _values(metrics, name)]
+    names = [name for name in metrics.primary if _values(metrics, name) and not is_bound(metrics, name)]
+    names = [name for name in names if not name.startswith("minus ")]  # the bars show it
     if not names:
         return None
     shares = [name for name in names if all(0 <= v <= 1 for v in _values(metrics, name))]
@@ -186,8 +213,11 @@ def _bars(axes: Axes, metrics: Metrics, names: list[str], theme: Theme, limits: 
         places = [row + (index - (len(metrics.arms) - 1) / 2) * thickness for row in range(len(names))]
         values = [metrics.value(arm, name) for name in names]
         axes.barh(places, [v or 0 for v in values], thickness * 0.88, color=color, hatch=hatch, label=arm)
-        for place, value in zip(places, values, strict=True):
-            left = max(value or 0, 0) + (high - low) * 0.01
+        for place, value, name in zip(places, values, names, strict=True):
+            ends = bounds(metrics, arm, name)
+            if ends is not None:
+                axes.plot(ends, [place, place], color=theme.ink, linewidth=1)
+            left = max(value or 0, ends[1] if ends else 0, 0) + (high - low) * 0.01
             style = "normal" if value is not None else "italic"
             axes.text(left, place, number(value), va="center", fontsize=8, color=theme.ink, style=style)
     axes.set_yticks(range(len(names)), [_two_lines(name) for name in names])

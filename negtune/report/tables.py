@@ -68,15 +68,41 @@ def duration(seconds: int | float) -> str:
 
 
 def metrics_table(metrics: Metrics, names: Sequence[str]) -> Table:
-    """One row per name with an arrow for its direction; the best value is marked where the arms differ."""
+    """One row per name with an arrow for its direction; the best value is marked where the arms differ.
+
+    `name_low` and `name_high` are no rows but the interval behind `name`.
+    """
     rows = []
     for name in names:
+        if is_bound(metrics, name):
+            continue
         values = [metrics.value(arm, name) for arm in metrics.arms]
         best = _best(values, metrics.better.get(name))
         arrow = ARROWS.get(metrics.better.get(name, ""), "")
-        cells = [Cell(number(value), number(value) == best) for value in values]
+        cells = [
+            Cell(number(value) + interval(metrics, arm, name), number(value) == best)
+            for arm, value in zip(metrics.arms, values, strict=True)
+        ]
         rows.append((f"{label(name)}\N{NO-BREAK SPACE}{arrow}".strip(), cells))
     return Table(list(metrics.arms), rows)
+
+
+def bounds(metrics: Metrics, arm: str, name: str) -> tuple[float, float] | None:
+    """The ends of a metric's interval, if both are known."""
+    low, high = metrics.value(arm, f"{name}_low"), metrics.value(arm, f"{name}_high")
+    return None if low is None or high is None else (low, high)
+
+
+def is_bound(metrics: Metrics, name: str) -> bool:
+    """Whether a name is an end of another metric's interval."""
+    stem, _, end = name.rpartition("_")
+    return end in ("low", "high") and any(bounds(metrics, arm, stem) for arm in metrics.arms)
+
+
+def interval(metrics: Metrics, arm: str, name: str) -> str:
+    """` (.58 to .71)`, or nothing."""
+    found = bounds(metrics, arm, name)
+    return "" if found is None else f" ({number(found[0])} to {number(found[1])})"
 
 
 def compared_arms(metrics: Metrics) -> tuple[str | None, list[str]]:

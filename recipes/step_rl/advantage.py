@@ -69,6 +69,7 @@ def main() -> None:
     run = Run(
         folder,
         seed=args.seed,
+        task="solving",
         title="Advantages of steps",
         recipe="recipes/step_rl/advantage.py",
         objective=args.loss_type + (", on-policy" if mode.on_policy else ""),

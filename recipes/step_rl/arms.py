@@ -7,6 +7,7 @@ best rate on validation problems goes into the table, which shows test problems.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from stages import StepArguments, make_sampler, make_verifier, rows_of, without_answer
+from stages import ASK, StepArguments, make_sampler, make_verifier, rows_of, without_answer
 from trl import get_peft_config
 
 from negtune import AdvantageConfig, AdvantageTrainer
@@ -25,6 +26,8 @@ from negtune.models.load import load_model
 from negtune.records import read_json, strict, write_json
 from negtune.rollouts.sampler import SamplingParams
 
+SHOWN = 5
+"""Problems whose answers the report shows."""
 START, CONTROL = "fine-tuned", "continued SFT"
 SHARED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim"),
@@ -64,9 +67,14 @@ class Arms:
     def compare(self, name: str, train: Train) -> None:
         """Measure the start; train, choose and measure the arm `name` and, if wanted, the control; print the table."""
         self._measure(START, None)
-        steps = self._swept(name, train)
+        rates = self.stage.rates or [self.args.learning_rate]
+        steps = [train(rate, self._policy(name, rate)) for rate in rates]
         if self.stage.control:
-            self._swept(CONTROL, self._control(steps))
+            control = self._control(steps[0])
+            for rate in rates:
+                control(rate, self._policy(CONTROL, rate))
+            self._choose(CONTROL, rates)
+        self._choose(name, rates)
         if PartialState().is_main_process:
             print_arms(self.run.arms)
 
@@ -90,14 +98,15 @@ class Arms:
         state.wait_for_everyone()
         return read_json(done)
 
-    def _swept(self, name: str, train: Train) -> int:
-        """Every rate, then the best one as a column; returns the optimiser steps of one training."""
-        rates = self.stage.rates or [self.args.learning_rate]
-        steps = [train(rate, self._policy(name, rate)) for rate in rates]
+    def _choose(self, name: str, rates: list[float]) -> None:
+        """The best rate of an arm, as a column; the report shows the curves of the last one chosen."""
         if PartialState().is_main_process:
-            self._measure(name, self._best(name, rates))
+            rate = self._best(name, rates)
+            self._measure(name, rate)
+            history = self._policy(name, rate) / "history.jsonl"
+            if history.exists():
+                shutil.copy(history, self.folder / "history.jsonl")
         PartialState().wait_for_everyone()
-        return steps[0]
 
     def _best(self, name: str, rates: list[float]) -> float:
         if len(rates) == 1:
@@ -117,6 +126,7 @@ class Arms:
             theirs = self._solved("test", other, column["learning_rate"])
             metrics |= difference(other, ours["solved"], theirs["solved"])
         self.run.add_arm(name, metrics)
+        self.run.add_answers("held out", ours["answers"], name)
 
     def _solved(self, split: str, name: str, rate: float | None) -> dict[str, Any]:
         """Metrics of `solve`, and the share of its samples that solved each problem."""
@@ -133,7 +143,11 @@ class Arms:
             sampler.close()
             solved = [None if tally.value is None else float(tally.value) for tally in found.tallies]
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"settings": wanted, "metrics": found.metrics, "solved": solved})
+            answers = [
+                (last_words(row["prompt"]), row["answer"], found.rollouts[i * stage.test_samples].text)
+                for i, row in enumerate(rows[:SHOWN])
+            ]
+            write_json(file, {"settings": wanted, "metrics": found.metrics, "solved": solved, "answers": answers})
         return read_json(file)
 
     def _load(self, policy: Path | None) -> tuple[Any, Any]:
@@ -158,6 +172,11 @@ class Arms:
         stage = {name: value for name, value in vars(self.stage).items() if name not in NOT_DECIDING}
         found = {name: getattr(args, name, None) for name in DECIDING}
         return {**stage, **found, "lora": self.model_args.lora_r if self.model_args.use_peft else None}
+
+
+def last_words(prompt: Any) -> str:
+    """A problem as people read it."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"].removeprefix(ASK)
 
 
 def difference(other: str, ours: list[float | None], theirs: list[float | None]) -> dict[str, float]:

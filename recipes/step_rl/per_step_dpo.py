@@ -53,6 +53,7 @@ def main() -> None:
     run = Run(
         folder,
         seed=args.seed,
+        task="solving",
         title="Per-step DPO",
         recipe="recipes/step_rl/per_step_dpo.py",
         objective=args.loss_type,

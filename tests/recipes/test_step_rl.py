@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from negtune.report import write_report
 from negtune.rollouts.store import RecordStore
 from tests.recipes.test_recipes import launch
 
@@ -20,17 +21,20 @@ def accuracies(folder) -> dict[str, float]:
 def test_per_step_dpo_from_problems_to_pass_at_k(tmp_path):
     done = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(accuracies(tmp_path)) == ["fine-tuned", "step_dpo", "continued SFT"]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "continued SFT", "step_dpo"]
     assert "pairs of" in done.stdout
     drawn = {name: len(RecordStore(tmp_path / "store", name)) for name in STORES}
     assert min(drawn.values()) > 0
     again = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke")
     assert again.returncode == 0, again.stderr[-3000:]
     assert {name: len(RecordStore(tmp_path / "store", name)) for name in drawn} == drawn
+    pages = write_report(tmp_path)
+    assert "Accuracy on held-out problems: fine-tuned" in (tmp_path / "report.md").read_text()
+    assert [p.stem for p in pages[:-2]] == ["likelihood", "before_after"]
     other = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--beta", "0.2")
     assert other.returncode != 0
     assert "is of a run with other settings (beta)" in other.stderr
-    assert "minus fine-tuned_low" in json.loads((tmp_path / "metrics.json").read_text())["arms"]["step_dpo"]
+    assert "minus continued SFT_low" in json.loads((tmp_path / "metrics.json").read_text())["arms"]["step_dpo"]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, mo
             monkeypatch.setenv(name, "1")
     done = launch("step_rl/advantage.py", tmp_path, "--smoke", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(accuracies(tmp_path)) == ["fine-tuned", "reinforce", "continued SFT"]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "continued SFT", "reinforce"]
     stores = list(tmp_path.glob("policy/reinforce-*/rounds")) if flags else [tmp_path / "store"]
     assert stores
     assert all(len(RecordStore(store)) for store in stores)

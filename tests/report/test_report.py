@@ -221,3 +221,46 @@ def test_forget_rows_of_other_sets_come_after_the_forget_rows_and_do_not_crowd_o
 def test_a_long_answer_is_cut_and_says_by_how_much():
     (pair,) = choose_pairs([{"side": "forget", "prompt": "p", "gold": "g", "answers": {"after": "x" * 1600}}])
     assert pair.answers[0][1].endswith("… (1,000 more characters)")
+
+
+# --- Policies that solve problems ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def solving_dir(run_dir):
+    run = {**read_json(run_dir / "run.json"), "task": "solving", "data": "chains"}
+    start = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "pass@4": 0.75, "truncated": 0.0, "length": 30}
+    names = ["accuracy", "accuracy_low", "accuracy_high", "minus start", "minus more", "pass@4", "truncated"]
+    more = {**start, "minus start": 0.01, "minus start_low": -0.02, "minus start_high": 0.04}
+    dpo = {**start, "accuracy": 0.7, "minus start": 0.2, "minus start_low": 0.1, "minus start_high": 0.3}
+    dpo |= {"pass@4": 0.7, "minus more": -0.2, "minus more_low": -0.3, "minus more_high": -0.1}
+    better = {"accuracy": "higher", "minus start": "higher", "pass@4": "higher", "truncated": "lower"}
+    write_json(run_dir / "run.json", run)
+    write_json(
+        run_dir / "metrics.json",
+        {"primary": names, "better": better, "arms": {"start": start, "more": more, "dpo": dpo}},
+    )
+    write_jsonl(run_dir / "history.jsonl", [{"step": i, "chosen/logp": -1.0, "rejected/logp": -2.0} for i in (1, 2)])
+    return run_dir
+
+
+def test_a_policy_is_asked_what_it_learnt_and_whether_that_is_more_than_chance(solving_dir):
+    markdown, page = report(solving_dir)
+    for text in (markdown, page):
+        assert "Accuracy on held-out problems: start .50 (.40 to .60); more .50 (.40 to .60); dpo .70" in text
+        assert "What was it to learn?" in text
+        assert "more is not told apart from start: accuracy differs by .010, 95 % interval (-.020 to .040)." in text
+        assert "dpo solves more than start: accuracy differs by .20, 95 % interval (.10 to .30)." in text
+        assert "dpo solves less than more: accuracy differs by -.20" in text
+        assert "dpo: pass@4 fell from .75 to .70 (worse)." in text
+        assert "forgotten" not in text
+    assert "| accuracy ↑ | .50 (.40 to .60) | .50 (.40 to .60) | **.70 (.40 to .60)** |" in markdown.replace(
+        "\u00a0", " "
+    )
+    assert "accuracy low" not in markdown
+
+
+def test_curves_of_a_policy_are_those_of_what_is_pushed_up_and_down(solving_dir):
+    names = [path.stem for path in write_report(solving_dir)]
+    assert names == ["likelihood", "before_after", "report", "report"]
+    assert "chosen -1 to -1, rejected -2 to -2" in (solving_dir / "report.md").read_text()

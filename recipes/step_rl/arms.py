@@ -65,14 +65,18 @@ class Arms:
     chat: bool
 
     def compare(self, name: str, train: Train) -> None:
-        """Measure the start; train, choose and measure the arm `name` and, if wanted, the control; print the table."""
-        self._measure(START, None)
+        """Train the arm `name` and, if wanted, the control; choose their rates and measure them; print the table.
+
+        Nothing is written about arms before all are trained, so that a run that is refused leaves the table there was.
+        """
         rates = self.stage.rates or [self.args.learning_rate]
         steps = [train(rate, self._policy(name, rate)) for rate in rates]
         if self.stage.control:
             control = self._control(steps[0])
             for rate in rates:
                 control(rate, self._policy(CONTROL, rate))
+        self._measure(START, None)
+        if self.stage.control:
             self._choose(CONTROL, rates)
         self._choose(name, rates)
         if PartialState().is_main_process:

@@ -88,7 +88,7 @@ def shrink(stage: StepArguments, args: Any) -> None:
     stage.min_steps, stage.max_chain, stage.largest = 1, 2, 3
     stage.problems, stage.samples, stage.num_rollouts = 16, 4, 4
     stage.test_problems, stage.test_samples, stage.max_tokens, stage.validation_problems = 8, 2, 32, 4
-    args.max_steps = 2
+    args.max_steps, args.logging_steps = 2, 1
 
 
 def rows_of(stage: StepArguments, split: str, n: int, *, chat: bool, seed: int) -> list[dict[str, Any]]:

@@ -154,6 +154,17 @@ def token_steps(completion_ids: Sequence[int], tokenizer: Any, splitter: Splitte
     return TokenSteps(ends, [text[a:b] for a, b in pairwise([0, *cuts, len(text)])])
 
 
+def encoded_steps(steps: Sequence[str], tokenizer: Any) -> tuple[list[int], TokenSteps]:
+    """Ids of given step texts that join to a finished completion, and the steps on them.
+
+    Steps are encoded one by one, so that each ends with a token wherever the tokenizer would have cut the whole. The
+    final EOS belongs to the last.
+    """
+    parts = [list(tokenizer(step, add_special_tokens=False)["input_ids"]) for step in steps]
+    parts[-1].append(tokenizer.eos_token_id)
+    return [i for part in parts for i in part], TokenSteps(list(accumulate(map(len, parts))), list(steps))
+
+
 def _given(steps: Sequence[str], text: str) -> list[str]:
     """Steps of a row, on the text that its tokens say: a chat template may have stripped the turn."""
     joined = "".join(steps)

@@ -59,9 +59,19 @@ def bootstrap_interval(
         resamples: draws with replacement.
         seed: of the draws; the same numbers give the same interval.
     """
+    return middle_of(bootstrap_means(values, resamples=resamples, seed=seed), confidence)
+
+
+def bootstrap_means(values: Numbers, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Means of `resamples` draws with replacement from at least two independent units."""
     values = np.asarray(values, float)
     if values.size < 2:
         raise ValueError(f"an interval needs at least 2 units, got {values.size}")
     draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
-    low, high = np.quantile(values[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return values[draws].mean(1)
+
+
+def middle_of(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Between which two values the middle share `confidence` of the draws lies."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from negtune.data.steps import (
     StepError,
     TokenSteps,
+    encoded_steps,
     joined_with,
     split_lines,
     split_sentences,
@@ -166,3 +167,13 @@ def test_given_steps_must_be_the_completion():
 def test_completions_without_text_have_one_step_or_none():
     assert token_steps([], TOKENIZER, split_lines) == TokenSteps([], [])
     assert token_steps([EOS], TOKENIZER, split_lines) == TokenSteps([1], [""])
+
+
+def test_given_steps_are_encoded_one_by_one_and_only_the_last_has_the_eos():
+    texts = joined_with(["one step", "and two", "end"], "\n")
+    ids, steps = encoded_steps(texts, TOKENIZER)
+    assert [TOKENIZER.decode(steps.prefix(ids, i)) for i in range(3)] == ["", "one step\n", "one step\nand two\n"]
+    assert ids[-1] == EOS
+    assert EOS not in ids[:-1]
+    assert steps.ends[-1] == len(ids)
+    assert steps.texts == texts

@@ -66,7 +66,7 @@ def _locate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--add", type=int, default=4, metavar="N", help="rollouts at a time (default: %(default)s)")
     parser.add_argument(
-        "--width", type=float, default=0.3, metavar="W", help="adaptive: of the interval of a value (%(default)s)"
+        "--width", type=float, default=0.5, metavar="W", help="adaptive: of the interval of a value (%(default)s)"
     )
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (%(default)s)")
     parser.add_argument(

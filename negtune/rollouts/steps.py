@@ -42,7 +42,8 @@ class Search:
         strategy: see the module.
         num_rollouts: from one state, at most; from the bare prompt and under `all`, exactly.
         batch: rollouts added to a state at a time by the other strategies.
-        width: adaptive: of the interval at which a value is known well enough.
+        width: adaptive: of the interval at which a value is known well enough. By default 4 rollouts that end alike
+            are enough, 4 that do not are too few.
         confidence: of the intervals (Wilson).
         threshold: a state with at most this value is dead.
         rule: which step is the pit, under `all` and `adaptive`; the others look for the first dead state.
@@ -53,7 +54,7 @@ class Search:
     strategy: Strategy = "all"
     num_rollouts: int = 8
     batch: int = 4
-    width: float = 0.3
+    width: float = 0.5
     confidence: float = 0.95
     threshold: float = 0.0
     rule: PitRule = "all_fail"
@@ -74,8 +75,22 @@ class Search:
                 f"need 0 < confidence < 1, 0 < width <= 1 and 0 <= threshold < 1, got confidence={self.confidence}, "
                 f"width={self.width}, threshold={self.threshold}"
             )
+        if self.strategy == "adaptive" and self._narrowest() > self.width:
+            raise ValueError(
+                f"adaptive with width={self.width} saves nothing: before num_rollouts={self.num_rollouts} is reached, "
+                f"{self.batch} at a time, no interval is narrower than {self._narrowest():.2f}; raise width or "
+                "num_rollouts, or use strategy all"
+            )
         if self.rule != "all_fail" and not self.gives_values:
             raise ValueError(f"rule={self.rule} needs the values of all states; use strategy all or adaptive")
+
+    def _narrowest(self) -> float:
+        """Width of the narrowest interval that adaptive can see before a state has all its rollouts."""
+        first = max(self.batch, self.best_of)
+        if first >= self.num_rollouts:
+            return 1.0
+        rate = wilson(0, first + (self.num_rollouts - 1 - first) // self.batch * self.batch, confidence=self.confidence)
+        return rate.high - rate.low
 
     @property
     def gives_values(self) -> bool:

@@ -469,7 +469,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.smoke:
-        args.problems, args.explored, args.samples, args.num_rollouts = 100, 24, 4, 4
+        args.problems, args.explored, args.samples, args.num_rollouts = 100, 24, 4, 8
         args.min_steps, args.max_steps, args.sft_epochs, args.sft_rate = 1, 2, 30, 5e-3
         args.steps, args.batch, args.test, args.seeds = 3, 8, 8, args.seeds[:2]
         args.curve, args.curve_seeds = args.curve[:1], 2

@@ -89,7 +89,7 @@ def main() -> None:
     (args,) = TrlParser((Arguments,)).parse_args_and_config()
     torch.set_num_threads(1)
     if args.smoke:
-        args.model, args.rows, args.num_rollouts, args.max_tokens = "arithmetic", 12, 4, 32
+        args.model, args.rows, args.num_rollouts, args.max_tokens = "arithmetic", 12, 8, 32
         args.sft_rows, args.sft_epochs, args.sft_learning_rate, args.sft_batch_size = 128, 16, 5e-3, 16
     search = {strategy: Search(strategy, args.num_rollouts, threshold=args.threshold) for strategy in STRATEGIES}
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)

@@ -175,14 +175,30 @@ class Rounds:
         params = replace(self.params, seed=(self.settings.seed * 1_000_003 + number) * 1_009 + refill)
         requests = requests_for([row["prompt"] for row in rows], self.settings.num_generations)
         owners = [cursor + i for i in range(n) for _ in range(self.settings.num_generations)]
-        mine = share_of(list(zip(requests, owners, strict=True)), self.process_index, self.processes)
+        places = self._places(n)
+        mine = [(requests[i], owners[i]) for i in places[self.process_index]]
         drawn = self._drawn(mine, {cursor + i: row for i, row in enumerate(rows)}, params)
         scored = self._scored(drawn)
         found = [
             {**record, **scores, "group": owner} for record, scores, (_, owner) in zip(drawn, scored, mine, strict=True)
         ]
-        every = gather_object([found])
-        return [every[i % self.processes][i // self.processes] for i in range(len(requests))]
+        by_place = {
+            i: record
+            for part, of_process in zip(gather_object([found]), places, strict=True)
+            for i, record in zip(of_process, part, strict=True)
+        }
+        return [by_place[i] for i in range(len(requests))]
+
+    def _places(self, n: int) -> list[Sequence[int]]:
+        """Which completions of `n` groups each process draws: whole groups, whose prompt one engine then reads once and
+        whose first steps it goes on from once, if that leaves nobody with less to do."""
+        size = self.settings.num_generations
+        groups = [range(i * size, (i + 1) * size) for i in range(n)]
+        if n % self.processes:
+            return [share_of(range(n * size), i, self.processes) for i in range(self.processes)]
+        return [
+            [place for group in share_of(groups, i, self.processes) for place in group] for i in range(self.processes)
+        ]
 
     def _drawn(
         self, mine: Sequence[tuple[Request, int]], rows: Mapping[int, Mapping[str, Any]], params: SamplingParams

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from stages import ASK, StepArguments, make_sampler, make_verifier, rows_of, without_answer
+from stages import ASK, StepArguments, make_sampler, make_verifier, resumable, rows_of, without_answer
 from trl import get_peft_config
 
 from negtune import AdvantageConfig, AdvantageTrainer
@@ -23,7 +23,7 @@ from negtune.eval.run import Run
 from negtune.eval.solving import solve
 from negtune.metrics.stats import bootstrap_interval
 from negtune.models.load import load_model
-from negtune.records import read_json, strict, write_json
+from negtune.records import read_json, write_json
 from negtune.rollouts.sampler import SamplingParams
 
 SHOWN = 5
@@ -194,21 +194,6 @@ def difference(other: str, ours: list[float | None], theirs: list[float | None])
     low, high = bootstrap_interval(gains)
     name = f"minus {other}"
     return {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
-
-
-def resumable(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Where an interrupted training goes on. Raises ValueError if it had other settings."""
-    file, now = folder / "settings.json", strict(settings)
-    if file.exists() and read_json(file) != now:
-        changed = [k for k, v in now.items() if read_json(file).get(k) != v]
-        raise ValueError(
-            f"{folder} is of a run with other settings ({', '.join(changed)}); choose another --output_dir, or "
-            "delete it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, now)
-    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-    return str(found[-1].parent) if found else None
 
 
 def print_arms(arms: Mapping[str, Mapping[str, float]]) -> None:

@@ -25,6 +25,7 @@ from negtune.cli.rollouts import Progress, print_stats
 from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_row
 from negtune.data.steps import SPLITTERS
 from negtune.models.load import load_model
+from negtune.records import read_json, strict, write_json
 from negtune.rollouts import collect, steps
 from negtune.rollouts.attest import attest, policy_name
 from negtune.rollouts.hf import HFSampler
@@ -226,3 +227,18 @@ def without_answer(row: dict[str, Any]) -> dict[str, Any]:
 def bar(state: PartialState, what: str) -> Progress:
     """Of the main process."""
     return Progress(what, shown=state.is_main_process)
+
+
+def resumable(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Where an interrupted training goes on. Raises ValueError if it had other settings."""
+    file, now = folder / "settings.json", strict(settings)
+    if file.exists() and read_json(file) != now:
+        changed = [k for k, v in now.items() if read_json(file).get(k) != v]
+        raise ValueError(
+            f"{folder} is of a run with other settings ({', '.join(changed)}); choose another --output_dir, or "
+            "delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
+    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    return str(found[-1].parent) if found else None

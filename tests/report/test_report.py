@@ -223,7 +223,7 @@ def test_a_long_answer_is_cut_and_says_by_how_much():
     assert pair.answers[0][1].endswith("… (1,000 more characters)")
 
 
-# --- Policies that solve problems ---------------------------------------------------------------------------------------
+# --- Policies that solve problems -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Does pushing down exactly the wrong step help? Ten ways to learn from the same problems, fairly compared.
+"""Does pushing down exactly the wrong step help? Eleven ways to learn from the same problems, fairly compared.
 
 Paper       RL on Incorrect Synthetic Data, https://arxiv.org/abs/2406.14532 (figures on data efficiency); NSR and
             W-REINFORCE, https://arxiv.org/abs/2506.01347

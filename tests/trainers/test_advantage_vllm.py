@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from negtune.rollouts.store import RecordStore
 from tests.trainers.test_advantage import advantage, bad_steps, is_good, logged, online, rows  # noqa: F401
-from tests.trainers.test_grpo import grpo  # noqa: F401
 
 pytestmark = [
     pytest.mark.skipif(

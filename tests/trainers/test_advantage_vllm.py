@@ -79,7 +79,7 @@ def test_fresh_samples_of_vllm_get_better_and_a_killed_run_draws_none_twice(onli
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_step_grpo_on_a_cpu_engine_with_advantages_per_step(grpo, adapter):  # noqa: F811
+def test_step_grpo_on_a_cpu_engine_with_advantages_per_step(grpo, adapter):
     """TRL's own colocated engine: its log-probabilities and the trainer's stay together while the weights move."""
     trainer = grpo(
         steps=bad_steps, max_steps=6, outcome_weight=0.0, per_device_train_batch_size=32, use_vllm=True,

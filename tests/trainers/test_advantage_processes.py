@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from negtune.rollouts.store import RecordStore
+from tests.launching import run_script
 
 SCRIPT = """
 import json, sys
@@ -70,20 +67,10 @@ PartialState().destroy_process_group()  # gloo aborts at exit now and then witho
 @pytest.fixture
 def launch(tmp_path, chain_folder):
     def run(processes: int, batch: int, kind: str, name: str, resume: str = "") -> dict:
-        script, out = tmp_path / "script.py", tmp_path / name
-        script.write_text(SCRIPT, encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_port", str(29300 + os.getpid() % 200 + processes), str(script)]
-        done = subprocess.run(
-            [*command, str(out), chain_folder, str(batch), kind, resume],
-            cwd=tmp_path,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(Path(out, "result.json").read_text())
+        out = tmp_path / name
+        arguments = (out, chain_folder, batch, kind, resume)
+        run_script(SCRIPT, tmp_path, *arguments, processes=processes, first_port=29300)
+        return json.loads((out / "result.json").read_text())
 
     return run
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launching import run_script
 
 SCRIPT = """
 import json, random, sys
@@ -80,21 +79,8 @@ PartialState().destroy_process_group()  # gloo aborts at exit now and then witho
 
 def launch(tmp_path: Path, folder: str, processes: int, batch: int) -> list[dict]:
     """What each process found."""
-    script, out = tmp_path / "script.py", tmp_path / f"{processes}"
-    script.write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_port", str(29500 + os.getpid() % 200)]
-    done = subprocess.run(
-        [*command, str(script), str(out), folder, str(batch)],
-        cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / f"{processes}"
+    run_script(SCRIPT, tmp_path, out, folder, batch, processes=processes, first_port=29500)
     return [json.loads((out / f"result{rank}.json").read_text()) for rank in range(processes)]
 
 

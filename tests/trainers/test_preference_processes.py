@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.launching import run_script
 
 SCRIPT = """
 import json, sys
@@ -54,21 +52,9 @@ PartialState().destroy_process_group()  # gloo aborts at exit now and then witho
 @pytest.fixture
 def launch(tmp_path):
     def run(processes: int, batch: int, budget: int = 0, sharing: str = "auto") -> dict:
-        script, out = tmp_path / "script.py", tmp_path / f"run{processes}"
-        script.write_text(SCRIPT, encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_port", str(29700 + os.getpid() % 200 + processes), str(script)]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, str(out), str(batch), str(budget), sharing],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(Path(out, "result.json").read_text())
+        out = tmp_path / f"run{processes}"
+        run_script(SCRIPT, tmp_path, out, batch, budget, sharing, processes=processes, first_port=29700)
+        return json.loads((out / "result.json").read_text())
 
     return run
 

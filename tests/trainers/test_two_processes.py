@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.launching import run_script
 
 SCRIPT = """
 import json, sys
@@ -59,19 +57,13 @@ LOGGED = {"npo": "forget/log_ratio", "kto": "forget/log_ratio", "rmu": "forget/a
 @pytest.fixture
 def launch(tmp_path, knowing_folder, forget_rows, retain_rows):
     (tmp_path / "rows.json").write_text(json.dumps({"forget": forget_rows, "retain": retain_rows}))
-    (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(processes: int, batch: int, loss_type: str, lora: str) -> dict:
         out = tmp_path / f"{processes}"
         out.mkdir()
-        command = [sys.executable]
-        if processes > 1:  # not `accelerate launch --cpu --num_processes 2`, which silently starts one process
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29617"]
-        command += ["script.py", str(out), knowing_folder, "rows.json", str(batch), loss_type, lora]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(Path(out, "result.json").read_text())
+        arguments = (out, knowing_folder, "rows.json", batch, loss_type, lora)
+        run_script(SCRIPT, tmp_path, *arguments, processes=processes, first_port=29100)
+        return json.loads((out / "result.json").read_text())
 
     return run
 

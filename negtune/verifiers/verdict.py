@@ -215,6 +215,7 @@ def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[
     return {name: value for name, value in offered.items() if name in parameters}
 
 
+_first = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 """By process: a forked child has no thread of its parent's."""
 
@@ -224,10 +225,11 @@ def in_background(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     So clients that a function keeps between calls stay with their loop, and a notebook's own loop is not in the way.
     """
-    loop = _loops.get(os.getpid())
-    if loop is None:
-        loop = _loops[os.getpid()] = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, daemon=True, name="negtune reward functions").start()
+    with _first:  # two functions may start at once
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, daemon=True, name="negtune reward functions").start()
     return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
 

@@ -71,12 +71,12 @@ class AdvantageTrainer(BaseTrainer):
         reward_funcs: TRL reward functions, one or several (`reward_weights`), plain or async, with `completion_ids`,
             `trainer_state`, `log_metric` and `log_extra` for those that take them; reward models, or their names. None
             as a reward is unscored.
-        reward_processing_classes: tokenizers of reward models, as in TRL.
         verifier: scores instead of reward functions.
         step_credit: gives numbers to the steps of fresh completions: see `rounds.StepCredit`,
             `rollouts.steps.RolloutCredit` for Monte-Carlo values.
         reference: `Reference` or model to compare with instead of what `args.reference` says.
         objective: `(policy, credit) -> [B T] or [B]`, to use instead of the named one.
+        reward_processing_classes: tokenizers of reward models, as in TRL.
         callbacks, optimizers: as in transformers.
 
     Raises:
@@ -102,11 +102,11 @@ class AdvantageTrainer(BaseTrainer):
         peft_config: Any = None,
         sampler: Sampler | Callable[[nn.Module, Any], Sampler] | None = None,
         reward_funcs: Any = None,
-        reward_processing_classes: Any = None,
         verifier: Verifier | None = None,
         step_credit: StepCredit | None = None,
         reference: Reference | nn.Module | None = None,
         objective: Callable[..., Tensor] | None = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:

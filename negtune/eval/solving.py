@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from negtune.credit import Tally, best_of
 from negtune.metrics.stats import bootstrap_interval
 from negtune.rollouts.sampler import Rollout, Sampler, SamplingParams
@@ -70,6 +73,21 @@ def primary(names: Iterable[str]) -> list[str]:
     return [name for name in wanted if name in found]
 
 
+def solve_together(
+    sampler: Sampler,
+    verifier: Verifier,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    n: int,
+    params: SamplingParams,
+) -> Solved:
+    """`solve` by all processes of a launch, each its share of the rows; every process must call it and gets it all."""
+    state = PartialState()
+    mine = rows[state.process_index :: state.num_processes]
+    parts = gather_object([answered(sampler, verifier, mine, n=n, params=params)])
+    return summary([parts[i % len(parts)][i // len(parts)] for i in range(len(rows))])
+
+
 Answer = list[tuple[Rollout, Verdict]]
 """The completions of one row."""
 
@@ -77,7 +95,7 @@ Answer = list[tuple[Rollout, Verdict]]
 def answered(
     sampler: Sampler, verifier: Verifier, rows: Sequence[Mapping[str, Any]], *, n: int, params: SamplingParams
 ) -> list[Answer]:
-    """Scored completions of every row. Several processes may each take a part of the rows: see `solve`."""
+    """Scored completions of every row."""
     rows = list(rows)
     if not rows:
         return []

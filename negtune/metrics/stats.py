@@ -62,6 +62,18 @@ def bootstrap_interval(
     return middle_of(bootstrap_means(values, resamples=resamples, seed=seed), confidence)
 
 
+def paired_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> tuple[float, float, float]:
+    """Mean over units of ours minus theirs, and its 95 % bootstrap interval: difference, low, high.
+
+    Args:
+        ours, theirs: one number per unit, in the same order; a unit that either lacks (None) is left out.
+    """
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    gains = np.array([a - b for a, b in pairs])
+    low, high = bootstrap_interval(gains)
+    return float(gains.mean()), low, high
+
+
 def bootstrap_means(values: Numbers, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Means of `resamples` draws with replacement from at least two independent units."""
     values = np.asarray(values, float)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from negtune.data.prompts import ShuffledPrompts, StreamedPrompts
 from negtune.data.steps import SPLITTERS
-from negtune.eval.solving import answered, summary
+from negtune.eval.solving import solve_together
 from negtune.models.policy import sharded_at_load
 from negtune.models.reference import weights_hash
 from negtune.models.structure import unwrapped
@@ -164,13 +163,10 @@ class OnPolicy:
         """Metrics of `solve` with the weights of this moment; every process solves its share."""
         self.sync(attested=False)
         refuse_reserved(rows[0], RESERVED)
-        accelerator, n = self._trainer.accelerator, self.args.eval_num_generations
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        with accelerator.autocast():
-            drawn = answered(self.sampler, self.scorer, mine, n=n, params=self.args.sampling_params(evaluation=True))
-        parts = gather_object([drawn])
-        order = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-        return {**summary(order).metrics, **self.noted.flush()}
+        n, params = self.args.eval_num_generations, self.args.sampling_params(evaluation=True)
+        with self._trainer.accelerator.autocast():
+            found = solve_together(self.sampler, self.scorer, rows, n=n, params=params)
+        return {**found.metrics, **self.noted.flush()}
 
 
 class RoundBatches:

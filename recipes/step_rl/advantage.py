@@ -28,6 +28,7 @@ from stages import (
     is_chat,
     make_sampler,
     make_verifier,
+    refuse_engine,
     rows_of,
     shrink,
     start_model,
@@ -52,6 +53,7 @@ def main() -> None:
     parser = TrlParser((ModeArguments, StepArguments, AdvantageConfig, ModelConfig))
     mode, stage, args, model_args = parser.parse_args_and_config()
     no_push(args)
+    refuse_engine(stage)
     base = model_args.model_name_or_path or "smollm2"
     if stage.smoke:
         base = "arithmetic"

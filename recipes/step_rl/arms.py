@@ -9,19 +9,18 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from stages import ASK, StepArguments, make_sampler, make_verifier, resumable, rows_of, without_answer
 from trl import get_peft_config
 
 from negtune import AdvantageConfig, AdvantageTrainer
 from negtune.eval.run import Run
-from negtune.eval.solving import solve
-from negtune.metrics.stats import bootstrap_interval
+from negtune.eval.solving import solve_together
+from negtune.metrics.stats import paired_difference
 from negtune.models.load import load_model
 from negtune.records import read_json, write_json
 from negtune.rollouts.sampler import SamplingParams
@@ -37,9 +36,11 @@ SHARED = (
 """Settings that the control takes from the method."""
 DECIDING = (
     *("loss_type", "loss_kwargs", "beta", "learning_rate", "max_steps", "num_train_epochs", "seed", "reference"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "negative_weight"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "positive_weight", "negative_weight", "baseline", "scale_advantages"),
+    *("num_generations", "steps_per_round", "reuse", "temperature", "dynamic_sampling", "step_scores"),
 )
-NOT_DECIDING = ("control", "rates", "test_problems", "test_samples", "validation_problems", "store")
+NOT_DECIDING = ("control", "rates", "test_problems", "test_samples", "validation_problems")
 Train = Callable[[float, Path], int]
 """`(learning rate, folder)` -> optimiser steps taken."""
 
@@ -54,6 +55,9 @@ class Arms:
         start: folder of the fine-tuned model.
         folder: of the run.
         chat: whether prompts are chats.
+        measured: arms that have a column, and at which rate; kept.
+
+    Every process takes its share of the solving, with an engine of its own; one writes.
     """
 
     stage: StepArguments
@@ -63,6 +67,7 @@ class Arms:
     start: str
     folder: Path
     chat: bool
+    measured: dict[str, float | None] = field(default_factory=dict)
 
     def compare(self, name: str, train: Train) -> None:
         """Train the arm `name` and, if wanted, the control; choose their rates and measure them; print the table.
@@ -104,55 +109,65 @@ class Arms:
 
     def _choose(self, name: str, rates: list[float]) -> None:
         """The best rate of an arm, as a column; the report shows the curves of the last one chosen."""
-        if PartialState().is_main_process:
-            rate = self._best(name, rates)
-            self._measure(name, rate)
-            history = self._policy(name, rate) / "history.jsonl"
-            if history.exists():
-                shutil.copy(history, self.folder / "history.jsonl")
-        PartialState().wait_for_everyone()
+        rate = self._best(name, rates)
+        self._measure(name, rate)
+        history = self._policy(name, rate) / "history.jsonl"
+        if PartialState().is_main_process and history.exists():
+            shutil.copy(history, self.folder / "history.jsonl")
 
     def _best(self, name: str, rates: list[float]) -> float:
         if len(rates) == 1:
             return rates[0]
         found = {rate: self._solved("validation", name, rate)["metrics"]["accuracy"] for rate in rates}
         said = ", ".join(f"{accuracy:.3f} at {rate:g}" for rate, accuracy in found.items())
-        print(f"{name}: accuracy on validation problems {said}")
+        PartialState().print(f"{name}: accuracy on validation problems {said}")
         return max(found, key=lambda rate: found[rate])
 
     def _measure(self, name: str, rate: float | None) -> None:
         """A column: `solve` on test problems, and the paired differences of accuracy to the columns before."""
-        if not PartialState().is_main_process:
-            return
         ours = self._solved("test", name, rate)
         metrics = {**ours["metrics"], "learning_rate": rate}
-        for other, column in self.run.arms.items():
-            theirs = self._solved("test", other, column["learning_rate"])
-            metrics |= difference(other, ours["solved"], theirs["solved"])
-        self.run.add_arm(name, metrics)
-        self.run.add_answers("held out", ours["answers"], name)
+        for other, its_rate in self.measured.items():
+            theirs = self._solved("test", other, its_rate)
+            names = f"minus {other}", f"minus {other}_low", f"minus {other}_high"
+            metrics |= dict(zip(names, paired_difference(ours["solved"], theirs["solved"]), strict=True))
+        self.measured[name] = rate
+        if PartialState().is_main_process:
+            self.run.add_arm(name, metrics)
+            self.run.add_answers("held out", ours["answers"], name)
 
     def _solved(self, split: str, name: str, rate: float | None) -> dict[str, Any]:
         """Metrics of `solve`, and the share of its samples that solved each problem."""
-        stage, seed = self.stage, self.args.seed
+        stage, seed, state = self.stage, self.args.seed, PartialState()
         n = stage.test_problems if split == "test" else stage.validation_problems
         wanted = {"problems": n, "samples": stage.test_samples, "max_tokens": stage.max_tokens, "seed": seed}
         file = self.folder / "solved" / f"{split}-{_file_name(name, rate)}.json"
-        if not file.exists() or read_json(file)["settings"] != wanted:
-            rows = [without_answer(row) for row in rows_of(stage, split, n, chat=self.chat, seed=seed)]
-            params = SamplingParams(max_tokens=stage.max_tokens, seed=seed + 1_000_000)
-            model, tokenizer = self._load(None if rate is None else self._policy(name, rate))
-            sampler = make_sampler(stage, model, tokenizer, _file_name(name, rate))
-            found = solve(sampler, make_verifier(stage), rows, n=stage.test_samples, params=params)
-            sampler.close()
-            solved = [None if tally.value is None else float(tally.value) for tally in found.tallies]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            answers = [
+        missing = not file.exists() or read_json(file)["settings"] != wanted
+        state.wait_for_everyone()  # everybody has looked before anybody writes
+        if missing:
+            found = self._solve(split, n, name, rate)
+            if state.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {"settings": wanted, **found})
+        state.wait_for_everyone()
+        return read_json(file)
+
+    def _solve(self, split: str, n: int, name: str, rate: float | None) -> dict[str, Any]:
+        stage, seed = self.stage, self.args.seed
+        rows = [without_answer(row) for row in rows_of(stage, split, n, chat=self.chat, seed=seed)]
+        params = SamplingParams(max_tokens=stage.max_tokens, seed=seed + 1_000_000)
+        model, tokenizer = self._load(None if rate is None else self._policy(name, rate))
+        sampler = make_sampler(stage, model, tokenizer, _file_name(name, rate))
+        found = solve_together(sampler, make_verifier(stage), rows, n=stage.test_samples, params=params)
+        sampler.close()
+        return {
+            "metrics": found.metrics,
+            "solved": [None if tally.value is None else float(tally.value) for tally in found.tallies],
+            "answers": [
                 (last_words(row["prompt"]), row["answer"], found.rollouts[i * stage.test_samples].text)
                 for i, row in enumerate(rows[:SHOWN])
-            ]
-            write_json(file, {"settings": wanted, "metrics": found.metrics, "solved": solved, "answers": answers})
-        return read_json(file)
+            ],
+        }
 
     def _load(self, policy: Path | None) -> tuple[Any, Any]:
         if policy is None:
@@ -175,25 +190,13 @@ class Arms:
         """What decides the trained policy."""
         stage = {name: value for name, value in vars(self.stage).items() if name not in NOT_DECIDING}
         found = {name: getattr(args, name, None) for name in DECIDING}
-        return {**stage, **found, "lora": self.model_args.lora_r if self.model_args.use_peft else None}
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if self.model_args.use_peft else ()
+        return {**stage, **found, **{name: getattr(self.model_args, name) for name in names}}
 
 
 def last_words(prompt: Any) -> str:
     """A problem as people read it."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"].removeprefix(ASK)
-
-
-def difference(other: str, ours: list[float | None], theirs: list[float | None]) -> dict[str, float]:
-    """Mean over problems of ours minus theirs, with its 95 % bootstrap interval; problems unscored in one are left out.
-
-    Args:
-        other: whose accuracies `theirs` are, for the names.
-        ours, theirs: per problem.
-    """
-    gains = np.array([a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
-    low, high = bootstrap_interval(gains)
-    name = f"minus {other}"
-    return {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def print_arms(arms: Mapping[str, Mapping[str, float]]) -> None:

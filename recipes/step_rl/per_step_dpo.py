@@ -24,7 +24,7 @@ from typing import Any
 
 from accelerate import PartialState
 from arms import Arms
-from stages import VERIFIER, StepArguments, collected, is_chat, shrink, start_model, store_of
+from stages import VERIFIER, StepArguments, collected, is_chat, refuse_engine, shrink, start_model, store_of
 from trl import ModelConfig, TrlParser
 
 from negtune import PreferenceConfig, PreferenceTrainer
@@ -40,6 +40,7 @@ from negtune.rollouts.store import RecordStore
 def main() -> None:
     stage, args, model_args = TrlParser((StepArguments, PreferenceConfig, ModelConfig)).parse_args_and_config()
     no_push(args)
+    refuse_engine(stage)
     base = model_args.model_name_or_path or "smollm2"
     if stage.smoke:
         base = "arithmetic"

@@ -83,6 +83,15 @@ class StepArguments:
     smoke: bool = field(default=False, metadata={"help": "Tiny model, few problems: does it run?"})
 
 
+def refuse_engine(stage: StepArguments) -> None:
+    """Raise ValueError for vLLM in several processes: with its engine it ends their group, and a recipe has several."""
+    if stage.engine == "vllm" and PartialState().num_processes > 1:
+        raise ValueError(
+            "--engine vllm does not go with several processes here; start one process, take --engine hf, or run the "
+            "stages one by one (negtune rollouts generate and negtune steps locate go under torchrun with vLLM)"
+        )
+
+
 def shrink(stage: StepArguments, args: Any) -> None:
     """Sizes that run in seconds."""
     stage.sft_rows, stage.sft_epochs, stage.sft_learning_rate, stage.sft_batch_size = 128, 16, 5e-3, 16

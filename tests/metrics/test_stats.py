@@ -1,6 +1,6 @@
 import pytest
 
-from negtune.metrics.stats import mean_interval
+from negtune.metrics.stats import bootstrap_interval, mean_interval, paired_difference
 
 
 def test_interval_of_three_runs_by_hand():
@@ -29,3 +29,13 @@ def test_one_run_has_no_interval(values):
 def test_impossible_confidence_is_refused(confidence):
     with pytest.raises(ValueError, match="between 0 and 1"):
         mean_interval([0.0, 1.0], confidence=confidence)
+
+
+def test_a_paired_difference_is_ours_minus_theirs_of_the_same_units():
+    ours, theirs = [0.9, None, 0.5, 0.7, 1.0], [0.5, 0.0, 0.4, 0.6, None]
+    difference, low, high = paired_difference(ours, theirs)
+    assert difference == pytest.approx((0.4 + 0.1 + 0.1) / 3)
+    assert (low, high) == pytest.approx(bootstrap_interval([0.4, 0.1, 0.1]))
+    assert paired_difference(theirs, ours)[0] == pytest.approx(-difference)
+    with pytest.raises(ValueError, match="shorter"):
+        paired_difference([0.1, 0.2], [0.1])

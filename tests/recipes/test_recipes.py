@@ -27,6 +27,8 @@ def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> subpro
         command += ["--master_port", port]
     command += [str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if processes > 1:  # as cpu.yaml says for one
+        env["ACCELERATE_USE_CPU"] = "true"
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 

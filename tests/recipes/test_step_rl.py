@@ -37,6 +37,19 @@ def test_per_step_dpo_from_problems_to_pass_at_k(tmp_path):
     assert "minus continued SFT_low" in json.loads((tmp_path / "metrics.json").read_text())["arms"]["step_dpo"]
 
 
+def test_two_processes_share_the_stages_and_one_measures(tmp_path):
+    done = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--rates", "1e-5", "1e-4", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(accuracies(tmp_path)) == ["fine-tuned", "continued SFT", "step_dpo"]
+    assert done.stdout.count("accuracy on validation problems") == 2
+    assert len(list(tmp_path.glob("policy/*/done.json"))) == 4
+    keys = [record["key"] for record in RecordStore(tmp_path / "store", "continuations")]
+    assert len(set(keys)) == len(keys)
+    refused = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--engine", "vllm", processes=2)
+    assert refused.returncode != 0
+    assert "--engine vllm does not go with several processes here" in refused.stderr
+
+
 @pytest.mark.parametrize(
     "flags", [[], ["--on_policy", "true"], ["--on_policy", "true", "--step_credit", "true", "--engine", "vllm"]]
 )

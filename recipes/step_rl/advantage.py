@@ -22,13 +22,12 @@ from typing import Any
 
 from accelerate import PartialState
 from arms import Arms
+from models import Models
 from stages import (
     StepArguments,
     collected,
     is_chat,
-    make_sampler,
     make_verifier,
-    refuse_engine,
     rows_of,
     shrink,
     start_model,
@@ -53,7 +52,6 @@ def main() -> None:
     parser = TrlParser((ModeArguments, StepArguments, AdvantageConfig, ModelConfig))
     mode, stage, args, model_args = parser.parse_args_and_config()
     no_push(args)
-    refuse_engine(stage)
     base = model_args.model_name_or_path or "smollm2"
     if stage.smoke:
         base = "arithmetic"
@@ -61,10 +59,11 @@ def main() -> None:
     args.max_completion_length = stage.max_tokens
     folder, chat, state = Path(args.output_dir), is_chat(base), PartialState()
     start = start_model(stage, base, folder, args.seed)
+    models = Models(start, model_args, stage.engine, stage.sample_batch_size)
     if not mode.on_policy:
         stage.strategy = stage.strategy if stage.strategy in ("all", "adaptive") else "all"
         outcomes = ("wrong", "correct")
-        judged = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=outcomes)
+        judged = collected(stage, models, folder, chat=chat, seed=args.seed, outcomes=outcomes)
         if state.is_main_process:
             write_rows(judged, folder)
         state.wait_for_everyone()
@@ -81,24 +80,25 @@ def main() -> None:
         artefact="the trained policy",
         arguments={**vars(mode), **vars(stage), **args.to_dict()},
     )
-    arms = Arms(stage, args, model_args, run, start, folder, chat)
+    arms = Arms(stage, args, models, run, folder, chat)
 
     def train(rate: float, to: Path) -> int:
         if not mode.on_policy:
             return arms.trained(AdvantageTrainer, args, rate, to, train_dataset=read_jsonl(folder / "rows.jsonl"))
-        rows, given = fresh(mode, stage, args, to, chat=chat)
+        rows, given = fresh(mode, stage, args, models, to, chat=chat)
         return arms.trained(AdvantageTrainer, args, rate, to, train_dataset=rows, **given)
 
     arms.compare(args.loss_type, train)
+    models.close()
 
 
 def fresh(
-    mode: ModeArguments, stage: StepArguments, args: AdvantageConfig, folder: Path, *, chat: bool
+    mode: ModeArguments, stage: StepArguments, args: AdvantageConfig, models: Models, folder: Path, *, chat: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Prompts, and what the trainer needs to draw and score."""
     rows = rows_of(stage, "train", stage.problems, chat=chat, seed=args.seed + 1)
     prompts = [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
-    kwargs: dict[str, Any] = {"sampler": partial(make_sampler, stage, policy="start"), "verifier": make_verifier(stage)}
+    kwargs: dict[str, Any] = {"sampler": partial(models.sampler, policy="start"), "verifier": make_verifier(stage)}
     if mode.step_credit:
         args.step_scores = "values"
         kwargs["step_credit"] = RolloutCredit(

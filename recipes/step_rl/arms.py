@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from stages import ASK, StepArguments, make_sampler, make_verifier, resumable, rows_of, without_answer
+from models import Models
+from stages import ASK, StepArguments, make_verifier, resumable, rows_of, without_answer
 from trl import get_peft_config
 
 from negtune import AdvantageConfig, AdvantageTrainer
 from negtune.eval.run import Run
 from negtune.eval.solving import solve_together
 from negtune.metrics.stats import paired_difference
-from negtune.models.load import load_model
 from negtune.records import read_json, write_json
 from negtune.rollouts.sampler import SamplingParams
 
@@ -40,6 +40,7 @@ DECIDING = (
     *("weight_decay", "max_grad_norm", "positive_weight", "negative_weight", "baseline", "scale_advantages"),
     *("num_generations", "steps_per_round", "reuse", "temperature", "dynamic_sampling", "step_scores"),
 )
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 NOT_DECIDING = ("control", "rates", "test_problems", "test_samples", "validation_problems")
 Train = Callable[[float, Path], int]
 """`(learning rate, folder)` -> optimiser steps taken."""
@@ -50,21 +51,20 @@ class Arms:
     """Arms of one recipe.
 
     Args:
-        stage, args, model_args: of the command line.
+        stage, args: of the command line.
+        models: all arms start from, and what draws from them.
         run: gets one column per arm.
-        start: folder of the fine-tuned model.
         folder: of the run.
         chat: whether prompts are chats.
         measured: arms that have a column, and at which rate; kept.
 
-    Every process takes its share of the solving, with an engine of its own; one writes.
+    Every process takes its share of the solving; one writes.
     """
 
     stage: StepArguments
     args: Any
-    model_args: Any
+    models: Models
     run: Run
-    start: str
     folder: Path
     chat: bool
     measured: dict[str, float | None] = field(default_factory=dict)
@@ -93,14 +93,14 @@ class Arms:
         args.learning_rate, args.output_dir = rate, str(folder)
         begun = resumable(folder, self._settings(args))
         if not done.exists():
-            model, tokenizer = load_model(self.start)
-            peft = get_peft_config(self.model_args)
+            self.models.sleep()
+            model, tokenizer = self.models.load()
+            peft = get_peft_config(self.models.settings)
             trainer = trainer_class(model=model, args=args, processing_class=tokenizer, peft_config=peft, **given)
             trainer.train(resume_from_checkpoint=begun)
             trainer.save_model()
             if getattr(trainer, "on_policy", None) is not None:
                 trainer.on_policy.close()
-                trainer.on_policy.sampler.close()
             state.wait_for_everyone()
             if state.is_main_process:
                 write_json(done, trainer.state.global_step)
@@ -156,10 +156,9 @@ class Arms:
         stage, seed = self.stage, self.args.seed
         rows = [without_answer(row) for row in rows_of(stage, split, n, chat=self.chat, seed=seed)]
         params = SamplingParams(max_tokens=stage.max_tokens, seed=seed + 1_000_000)
-        model, tokenizer = self._load(None if rate is None else self._policy(name, rate))
-        sampler = make_sampler(stage, model, tokenizer, _file_name(name, rate))
+        model, tokenizer = self.models.load(None if rate is None else self._policy(name, rate))
+        sampler = self.models.sampler(model, tokenizer, _file_name(name, rate))
         found = solve_together(sampler, make_verifier(stage), rows, n=stage.test_samples, params=params)
-        sampler.close()
         return {
             "metrics": found.metrics,
             "solved": [None if tally.value is None else float(tally.value) for tally in found.tallies],
@@ -168,12 +167,6 @@ class Arms:
                 for i, row in enumerate(rows[:SHOWN])
             ],
         }
-
-    def _load(self, policy: Path | None) -> tuple[Any, Any]:
-        if policy is None:
-            return load_model(self.start)
-        adapted = (policy / "adapter_config.json").exists()
-        return load_model(self.start, adapter=policy) if adapted else load_model(policy)
 
     def _control(self, steps: int) -> Train:
         """Supervised fine-tuning on the solved problems that the start has learnt from."""
@@ -190,8 +183,9 @@ class Arms:
         """What decides the trained policy."""
         stage = {name: value for name, value in vars(self.stage).items() if name not in NOT_DECIDING}
         found = {name: getattr(args, name, None) for name in DECIDING}
-        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if self.model_args.use_peft else ()
-        return {**stage, **found, **{name: getattr(self.model_args, name) for name in names}}
+        settings = self.models.settings
+        names = ("dtype", "load_in_4bit", *(LORA if settings.use_peft else ()))
+        return {**stage, **found, **{name: getattr(settings, name) for name in names}}
 
 
 def last_words(prompt: Any) -> str:

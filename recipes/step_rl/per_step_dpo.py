@@ -24,14 +24,15 @@ from typing import Any
 
 from accelerate import PartialState
 from arms import Arms
-from stages import VERIFIER, StepArguments, collected, is_chat, refuse_engine, shrink, start_model, store_of
+from models import Models
+from stages import VERIFIER, StepArguments, collected, is_chat, shrink, start_model, store_of
 from trl import ModelConfig, TrlParser
 
 from negtune import PreferenceConfig, PreferenceTrainer
 from negtune.cli.recipe import no_push, run_recipe
 from negtune.data.steps import SPLITTERS
 from negtune.eval.run import Run
-from negtune.models.load import load_model
+from negtune.models.load import load_tokenizer
 from negtune.records import read_jsonl, write_jsonl
 from negtune.rollouts.step_rows import pit_pairs
 from negtune.rollouts.store import RecordStore
@@ -40,14 +41,14 @@ from negtune.rollouts.store import RecordStore
 def main() -> None:
     stage, args, model_args = TrlParser((StepArguments, PreferenceConfig, ModelConfig)).parse_args_and_config()
     no_push(args)
-    refuse_engine(stage)
     base = model_args.model_name_or_path or "smollm2"
     if stage.smoke:
         base = "arithmetic"
         shrink(stage, args)
     folder, chat, state = Path(args.output_dir), is_chat(base), PartialState()
     start = start_model(stage, base, folder, args.seed)
-    judged = collected(stage, start, folder, chat=chat, seed=args.seed, outcomes=("wrong",))
+    models = Models(start, model_args, stage.engine, stage.sample_batch_size)
+    judged = collected(stage, models, folder, chat=chat, seed=args.seed, outcomes=("wrong",))
     if state.is_main_process:
         write_pairs(stage, judged, start, folder)
     state.wait_for_everyone()
@@ -64,15 +65,16 @@ def main() -> None:
         artefact="the trained policy",
         arguments={**vars(stage), **args.to_dict()},
     )
-    arms = Arms(stage, args, model_args, run, start, folder, chat)
+    arms = Arms(stage, args, models, run, folder, chat)
     pairs = read_jsonl(folder / "pairs.jsonl")
     arms.compare(args.loss_type, lambda rate, to: arms.trained(PreferenceTrainer, args, rate, to, train_dataset=pairs))
+    models.close()
 
 
 def write_pairs(stage: StepArguments, judged: list, model: str, folder: Path) -> None:
     """`pairs.jsonl`, and what was left out."""
     dropped: Counter[str] = Counter()
-    tokenizer, store = load_model(model)[1], store_of(stage, folder)
+    tokenizer, store = load_tokenizer(model), store_of(stage, folder)
     stores = [RecordStore(store), RecordStore(store, "continuations")]
     verdicts, splitter = RecordStore(store, "verdicts"), SPLITTERS[stage.split]
     given: dict[str, Any] = {"min_distance": stage.min_distance, "dropped": dropped}

@@ -16,20 +16,20 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from models import ENGINES, Models
 
 from negtune.cli.rollouts import Progress, print_stats
 from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_row
 from negtune.data.steps import SPLITTERS
-from negtune.models.load import load_model
 from negtune.records import read_json, strict, write_json
 from negtune.rollouts import collect, steps
-from negtune.rollouts.attest import attest, policy_name
-from negtune.rollouts.hf import HFSampler
-from negtune.rollouts.sampler import Sampler, SamplingParams
+from negtune.rollouts.attest import policy_name
+from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.states import StateRollouts, solutions
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.finetune import fine_tune
@@ -82,13 +82,22 @@ class StepArguments:
     sample_batch_size: int = field(default=64, metadata={"help": "Completions between two writes."})
     smoke: bool = field(default=False, metadata={"help": "Tiny model, few problems: does it run?"})
 
+    def __post_init__(self) -> None:
+        for name, known in {"engine": ENGINES, "split": SPLITTERS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(known)}")
+        if self.engine == "vllm" and find_spec("vllm") is None:
+            raise ValueError("--engine vllm needs vLLM: pip install 'negtune[vllm]', or take --engine hf")
+        for name in ("sft_rows", "problems", "samples", "max_tokens", "test_problems", "test_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        _ = self.search
 
-def refuse_engine(stage: StepArguments) -> None:
-    """Raise ValueError for vLLM in several processes: with its engine it ends their group, and a recipe has several."""
-    if stage.engine == "vllm" and PartialState().num_processes > 1:
-        raise ValueError(
-            "--engine vllm does not go with several processes here; start one process, take --engine hf, or run the "
-            "stages one by one (negtune rollouts generate and negtune steps locate go under torchrun with vLLM)"
+    @property
+    def search(self) -> steps.Search:
+        """For the first pit. Raises ValueError for settings that contradict each other."""
+        return steps.Search(
+            strategy=self.strategy, num_rollouts=self.num_rollouts, threshold=self.threshold, best_of=self.best_of
         )
 
 
@@ -161,25 +170,13 @@ def is_chat(base: str) -> bool:
     return base != "arithmetic"
 
 
-def make_sampler(stage: StepArguments, model: Any, tokenizer: Any, policy: str) -> Sampler:
-    """The engine, with these weights."""
-    if stage.engine == "hf":
-        return HFSampler(model.to(PartialState().device), tokenizer, batch_size=stage.sample_batch_size, policy=policy)
-    from negtune.rollouts.vllm import VLLMSampler
-
-    longest = min(1024, model.config.max_position_embeddings)  # vLLM takes memory for as many
-    return VLLMSampler(model, tokenizer, policy=policy, max_model_len=longest)
-
-
 def collected(
-    stage: StepArguments, name: str, folder: Path, *, chat: bool, seed: int, outcomes: tuple[str, ...]
+    stage: StepArguments, models: Models, folder: Path, *, chat: bool, seed: int, outcomes: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Judged solutions of the training problems."""
     state, store = PartialState(), store_of(stage, folder)
-    model, tokenizer = load_model(name)
-    sampler = make_sampler(stage, model, tokenizer, policy_name(model, name))
-    if stage.engine == "vllm":
-        attest(sampler, model, tokenizer)
+    model, tokenizer = models.load()
+    sampler = models.sampler(model, tokenizer, policy_name(model, models.start))
     params = SamplingParams(max_tokens=stage.max_tokens, seed=seed)
     share = {"process_index": state.process_index, "processes": state.num_processes}
     prompts = [without_answer(row) for row in rows_of(stage, "train", stage.problems, chat=chat, seed=seed + 1)]
@@ -193,12 +190,6 @@ def collected(
     state.wait_for_everyone()
     if state.is_main_process:
         print_stats(store)
-    search = steps.Search(
-        strategy=stage.strategy,
-        num_rollouts=stage.num_rollouts,
-        threshold=stage.threshold,
-        best_of=stage.best_of,
-    )
     judgements = f"steps-{stage.strategy}"
     with (
         RecordStore(store, "verdicts", process_index=i) as verdicts,
@@ -216,9 +207,8 @@ def collected(
             sampler, verifier, RecordStore(store), continuations, verdicts, params, name=VERIFIER,
             part=stage.sample_batch_size,
         )  # fmt: skip
-        steps.locate(judged, found, states, search, progress=progress, **share)
+        steps.locate(judged, found, states, stage.search, progress=progress, **share)
     state.wait_for_everyone()
-    sampler.close()
     keys = {solution.key for solution in found}
     return [record for record in RecordStore(store, judgements) if record["rollout"] in keys]
 

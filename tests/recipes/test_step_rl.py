@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import HfArgumentParser
+from trl import ModelConfig, get_peft_config
 
+from negtune.models.policy import is_peft
 from negtune.report import write_report
+from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.store import RecordStore
-from tests.recipes.test_recipes import launch
+from tests.recipes.test_recipes import ROOT, launch
 
 pytestmark = pytest.mark.slow
 STORES = ("rollouts", "continuations", "steps-binary")
@@ -37,17 +43,65 @@ def test_per_step_dpo_from_problems_to_pass_at_k(tmp_path):
     assert "minus continued SFT_low" in json.loads((tmp_path / "metrics.json").read_text())["arms"]["step_dpo"]
 
 
-def test_two_processes_share_the_stages_and_one_measures(tmp_path):
-    done = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--rates", "1e-5", "1e-4", processes=2)
+def vllm_on_a_cpu(monkeypatch) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM: pip install 'negtune[vllm]', or make test")
+    for name in ("VLLM_CPU_CI_ENV", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_SIM_MULTI_NUMA", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_two_processes_share_the_stages_and_one_measures(tmp_path, engine, monkeypatch):
+    if engine == "vllm":
+        vllm_on_a_cpu(monkeypatch)
+    flags = ("--smoke", "--engine", engine, "--rates", "1e-5", "1e-4")
+    done = launch("step_rl/per_step_dpo.py", tmp_path, *flags, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(accuracies(tmp_path)) == ["fine-tuned", "continued SFT", "step_dpo"]
     assert done.stdout.count("accuracy on validation problems") == 2
     assert len(list(tmp_path.glob("policy/*/done.json"))) == 4
     keys = [record["key"] for record in RecordStore(tmp_path / "store", "continuations")]
     assert len(set(keys)) == len(keys)
-    refused = launch("step_rl/per_step_dpo.py", tmp_path, "--smoke", "--engine", "vllm", processes=2)
-    assert refused.returncode != 0
-    assert "--engine vllm does not go with several processes here" in refused.stderr
+
+
+def test_models_are_loaded_as_the_command_line_says(tmp_path, monkeypatch, chain_folder):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'negtune[quant]'")
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "step_rl")
+    from models import Models  # ty: ignore[unresolved-import]
+
+    lora = {"use_peft": True, "lora_target_modules": "all-linear"}
+    models = Models(chain_folder, ModelConfig(load_in_4bit=True, dtype="bfloat16", **lora), "hf", 4)
+    model, tokenizer = models.load()
+    assert model.is_loaded_in_4bit
+    assert model.dtype == torch.bfloat16
+    get_peft_model(model, get_peft_config(models.settings)).save_pretrained(tmp_path)
+    policy, _ = models.load(tmp_path)
+    assert is_peft(policy)
+    assert policy.get_base_model().is_loaded_in_4bit
+    assert (
+        models.sampler(policy, tokenizer, "trained")
+        .sample(["a"], params=SamplingParams(max_tokens=2))[0]
+        .completion_ids
+    )
+    assert Models(chain_folder, ModelConfig(dtype="float32"), "hf", 4).load()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--engine", "vlm", "--engine vlm is none of hf, vllm"),
+        ("--strategy", "binry", "strategy must be"),
+        ("--split", "words", "--split words is none of"),
+        ("--num_rollouts", "0", "num_rollouts"),
+        ("--best_of", "9", "best_of=9 needs as many rollouts"),
+        ("--samples", "0", "--samples must be at least 1"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_trained(tmp_path, monkeypatch, flag, value, said):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "step_rl")
+    from stages import StepArguments  # ty: ignore[unresolved-import]
+
+    with pytest.raises(ValueError, match=said):
+        HfArgumentParser(StepArguments).parse_args_into_dataclasses([flag, value])
 
 
 @pytest.mark.parametrize(
@@ -55,9 +109,7 @@ def test_two_processes_share_the_stages_and_one_measures(tmp_path):
 )
 def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, monkeypatch):
     if "vllm" in flags:
-        pytest.importorskip("vllm", reason="needs vLLM: pip install 'negtune[vllm]', or make test")
-        for name in ("VLLM_CPU_CI_ENV", "VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
-            monkeypatch.setenv(name, "1")
+        vllm_on_a_cpu(monkeypatch)
     done = launch("step_rl/advantage.py", tmp_path, "--smoke", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(accuracies(tmp_path)) == ["fine-tuned", "continued SFT", "reinforce"]
@@ -76,8 +128,6 @@ def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
     import os
     import subprocess
     import sys
-
-    from tests.recipes.test_recipes import ROOT
 
     done = subprocess.run(
         [

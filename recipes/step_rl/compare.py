@@ -383,6 +383,8 @@ ARMS = {
 
 
 CURVE = ("continued SFT", "RFT", "trajectory DPO", "per-step DPO")
+SWEEP_SEED = 0
+"""Rates are chosen on its problems, which no table shows."""
 
 
 def prepare(start: Callable[[int], Start], seeds: list[int], workers: int) -> None:
@@ -422,12 +424,12 @@ class Experiment:
         """Arms at these rates, from models that learnt from so many solved problems."""
         start = partial(self.start, problems)
         arms = [Arm(name, self._run(ARMS[name][0], start), of_arm) for name, of_arm in rates.items()]
-        prepare(start, [0, *seeds] if any(len(r) > 1 for r in rates.values()) else seeds, self.args.workers)
+        prepare(start, [SWEEP_SEED, *seeds] if any(len(r) > 1 for r in rates.values()) else seeds, self.args.workers)
         return compare(
             arms,
             lambda seed: start(seed).solved(*load_model(start(seed).sft)),
             seeds=seeds,
-            sweep_seed=0,
+            sweep_seed=SWEEP_SEED,
             metric="accuracy",
             folder=self.args.output_dir,
             baseline="continued SFT" if "continued SFT" in rates else DO_NOTHING,
@@ -465,8 +467,23 @@ def curve_table(curve: Mapping[int, Comparison], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
+def refuse(args: argparse.Namespace) -> None:
+    """Raise ValueError for what would end, or mislead, an hour later."""
+    unknown = [arm for arm in args.arms or () if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"--arms {unknown[0]!r} is none of {', '.join(map(repr, ARMS))}")
+    if SWEEP_SEED in args.seeds:
+        raise ValueError(f"--seeds {SWEEP_SEED} chose the rates and cannot confirm them; take others")
+    if len(set(args.seeds)) < len(args.seeds) or len(set(args.curve)) < len(args.curve):
+        raise ValueError("--seeds and --curve name each number once")
+    for name in ("problems", "explored", "samples", "num_rollouts", "steps", "batch", "test", "workers", "curve_seeds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+
+
 def main() -> None:
     args = parser.parse_args()
+    refuse(args)
     torch.set_num_threads(1)
     if args.smoke:
         args.problems, args.explored, args.samples, args.num_rollouts = 100, 24, 4, 8

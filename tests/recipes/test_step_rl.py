@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,14 +124,27 @@ def test_advantages_offline_and_on_policy_are_one_flag_apart(tmp_path, flags, mo
         assert len(RecordStore(next(tmp_path.glob("policy/reinforce-*/credit")), "continuations"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--arms", "per-step DPOO"], "'per-step DPOO' is none of 'continued SFT'"),
+        (["--seeds", "0", "1"], "--seeds 0 chose the rates"),
+        (["--seeds", "1", "1"], "name each number once"),
+        (["--workers", "0"], "--workers must be at least 1"),
+    ],
+)
+def test_a_comparison_that_would_mislead_is_refused(tmp_path, monkeypatch, flags, said):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "step_rl" / "compare.py"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(ValueError, match=said):
+        recipe["main"]()
+
+
 ARMS = ("continued SFT", "per-step DPO", "advantage, labels", "NSR, on-policy", "GRPO (TRL)")
 """One of each way to train."""
 
 
 def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
-    import os
-    import subprocess
-    import sys
 
     done = subprocess.run(
         [

@@ -80,6 +80,11 @@ def _locate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--best_of", type=int, default=1, metavar="K", help="values under best-of-K (%(default)s)")
     parser.add_argument(
+        "--live_only",
+        action="store_true",
+        help="all and adaptive: nothing from the steps of prompts that are always or never solved, which give no rows",
+    )
+    parser.add_argument(
         "--solutions", default="wrong", choices=["wrong", "all"], help="which to search (default: %(default)s)"
     )
     parser.add_argument(
@@ -117,6 +122,7 @@ def locate(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         rule=args.rule,
         best_of=args.best_of,
+        live_only=args.live_only,
     )
     index, processes = collect.launched_processes()
     rollouts, name = RecordStore(args.store), verifier_name(args)

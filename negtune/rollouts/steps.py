@@ -49,6 +49,9 @@ class Search:
         rule: which step is the pit, under `all` and `adaptive`; the others look for the first dead state.
         best_of: values are those under best-of-k (unbiased) for the rules `argmin` and `largest_drop`, and for the
             advantages; the paper's 5. At most `num_rollouts`.
+        live_only: under `all` and `adaptive` look at the bare prompt first, and at nothing else where every rollout of
+            it ends alike: such solutions make neither pairs nor rows, but their values stay unknown. (The others need
+            the bare prompt anyway.)
     """
 
     strategy: Strategy = "all"
@@ -59,6 +62,7 @@ class Search:
     threshold: float = 0.0
     rule: PitRule = "all_fail"
     best_of: int = 1
+    live_only: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in _STRATEGIES:
@@ -247,11 +251,13 @@ def _explore(found: Sequence[Solution], rollouts: StateRollouts, search: Search)
 
 
 def _all(solution: Solution, search: Search) -> Steps:
-    if len(solution.steps):
+    if len(solution.steps) and (not search.live_only or (yield from _live(search))):
         yield dict.fromkeys(range(len(solution.steps)), search.num_rollouts)
 
 
 def _adaptive(solution: Solution, search: Search) -> Steps:
+    if search.live_only and not (yield from _live(search)):
+        return
     n = min(max(search.batch, search.best_of), search.num_rollouts)
     wanted = {i: search.num_rollouts if i == 0 else n for i in range(len(solution.steps))}
     while wanted:
@@ -284,6 +290,12 @@ def _binary(solution: Solution, search: Search) -> Steps:
             low = middle
         else:
             high = middle
+
+
+def _live(search: Search) -> Generator[dict[int, int], dict[int, Tally], bool]:
+    """Whether the bare prompt is solved now and then: its values, and those behind it, can tell steps apart."""
+    start = (yield {0: search.num_rollouts})[0]
+    return start.correct > 0 and start.wrong > 0
 
 
 def _alive(i: int, search: Search) -> Generator[dict[int, int], dict[int, Tally], bool | None]:

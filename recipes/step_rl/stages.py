@@ -97,7 +97,11 @@ class StepArguments:
     def search(self) -> steps.Search:
         """For the first pit. Raises ValueError for settings that contradict each other."""
         return steps.Search(
-            strategy=self.strategy, num_rollouts=self.num_rollouts, threshold=self.threshold, best_of=self.best_of
+            strategy=self.strategy,
+            num_rollouts=self.num_rollouts,
+            threshold=self.threshold,
+            best_of=self.best_of,
+            live_only=True,
         )
 
 

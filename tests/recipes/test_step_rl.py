@@ -145,7 +145,6 @@ ARMS = ("continued SFT", "per-step DPO", "advantage, labels", "NSR, on-policy", 
 
 
 def test_the_comparison_runs_and_says_what_pits_cost(tmp_path):
-
     done = subprocess.run(
         [
             *(sys.executable, "recipes/step_rl/compare.py", "--output_dir", str(tmp_path), "--smoke"),

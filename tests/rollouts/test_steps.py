@@ -276,6 +276,24 @@ def test_prompts_that_are_never_solved_are_dropped_and_counted(tmp_path):
     assert dropped == {"never solved": 48}
 
 
+@pytest.mark.parametrize("strategy", ["all", "adaptive"])
+@pytest.mark.parametrize("slip", [0.0, 0.35, 1.0])
+def test_prompts_that_are_settled_cost_no_rollouts_of_their_steps(tmp_path, slip, strategy):
+    given = {"outcomes": ("wrong", "correct")}
+    whole = Run(tmp_path / "whole", Chain(slip=slip)).search(Search(strategy, num_rollouts=8), **given)
+    run = Run(tmp_path / "live", Chain(slip=slip))
+    live = run.search(Search(strategy, num_rollouts=8, live_only=True), **given)
+    assert [row["step_advantages"] for row in advantage_rows(live)] == [
+        row["step_advantages"] for row in advantage_rows(whole)
+    ]
+    assert [record["pit"] for record in live] == [record["pit"] for record in whole]
+    settled = [record for record in live if 0 in record["tallies"][0][:2]]
+    assert settled
+    assert slip in (0, 1) or len(settled) < len(live)
+    assert all(record["num_rollouts"] == 8 for record in settled)
+    assert sum(r["num_rollouts"] for r in live) < sum(r["num_rollouts"] for r in whole)
+
+
 def test_a_verifier_that_scores_nothing_stops_the_search(tmp_path):
     class Silent(EndsWith):
         def verify(self, prompts, completions, *, answer):

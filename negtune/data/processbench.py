@@ -8,21 +8,18 @@ and, once joined, `answer`.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from negtune.data.arithmetic import DEFAULT_DIFFICULTY, Difficulty, chains, corrupt, solution_text
 from negtune.data.completions import RowError
-from negtune.records import stream_jsonl
+from negtune.data.gsm8k import split_records, text_of
 
-HUB_ID, GSM8K_ID = "Qwen/ProcessBench", "openai/gsm8k"
+HUB_ID = "Qwen/ProcessBench"
 NO_ERROR = -1
 
 Row = dict[str, Any]
-
-_CALCULATOR_MARKS = re.compile(r"<<[^<>]*>>")
 
 
 def load_processbench(source: str | Path = HUB_ID) -> list[Row]:
@@ -36,7 +33,7 @@ def load_processbench(source: str | Path = HUB_ID) -> list[Row]:
         RowError: a row that lacks a column or cannot be right, by number and id.
     """
     found: dict[str, Row] = {}
-    for i, record in enumerate(_records(source, "gsm8k", "--data", HUB_ID), 1):
+    for i, record in enumerate(split_records(source, "gsm8k", "--data", HUB_ID), 1):
         row = _checked(record, f"{source} row {i}")
         if row["id"] in found:
             raise RowError(f"{source} row {i}: the id {row['id']} stands there twice; drop one")
@@ -44,17 +41,6 @@ def load_processbench(source: str | Path = HUB_ID) -> list[Row]:
     if not found:
         raise RowError(f"{source} is empty; download it again")
     return list(found.values())
-
-
-def load_gsm8k(source: str | Path, split: str) -> list[Row]:
-    """`question` and `answer` of GSM8K, without its calculator's marks (`<<2*3=6>>`).
-
-    Args:
-        source: Hub id, or a folder with train.jsonl and test.jsonl, or the same with .gz.
-        split: `train` or `test`.
-    """
-    rows = enumerate(_records(source, split, "--gsm8k", GSM8K_ID, "main"), 1)
-    return [_question(record, f"{source} {split} row {i}") for i, record in rows]
 
 
 def with_answers(rows: Sequence[Row], solved: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -88,39 +74,10 @@ def synthetic_processbench(n: int, *, seed: int = 0, difficulty: Difficulty = DE
     return rows
 
 
-def _records(source: str | Path, split: str, flag: str, hub_id: str, *config: str) -> Iterator[Any]:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return stream_jsonl(_find(folder, split, flag))
-    return iter(_from_hub(str(source), split, flag, hub_id, *config))
-
-
-def _find(folder: Path, split: str, flag: str) -> Path:
-    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz; {flag} names the folder that does")
-
-
-def _from_hub(source: str, split: str, flag: str, hub_id: str, *config: str) -> Any:
-    way_out = f"{flag} takes a Hub id ({hub_id}), or a folder that holds {split}.jsonl or {split}.jsonl.gz"
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"no data folder {source}; {way_out}")
-    import datasets
-
-    try:
-        return datasets.load_dataset(source, *config, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(
-            f"there is no folder {source}, and it cannot be read from the Hub ({reason}); {way_out}"
-        ) from None
-
-
 def _checked(record: Any, where: str) -> Row:
-    row = {"id": _text(record, "id", where)}
+    row = {"id": text_of(record, "id", where)}
     where = f"{where} ({row['id']})"
-    row |= {"problem": _text(record, "problem", where)}
+    row |= {"problem": text_of(record, "problem", where)}
     steps, correct, label = (record.get(name) for name in ("steps", "final_answer_correct", "label"))
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
         raise RowError(f"{where}: steps must be a list of at least one text, none of them blank; mend or drop the row")
@@ -132,18 +89,6 @@ def _checked(record: Any, where: str) -> Row:
             "the row"
         )
     return {**row, "steps": steps, "final_answer_correct": correct, "label": label}
-
-
-def _question(record: Any, where: str) -> Row:
-    answer = _text(record, "answer", where)
-    return {"question": _text(record, "question", where), "answer": _CALCULATOR_MARKS.sub("", answer)}
-
-
-def _text(record: Any, column: str, where: str) -> str:
-    text = record.get(column)
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(f"{where}: {column} must be text, and not empty, got {text!r}; mend or drop the row")
-    return text
 
 
 def _words(text: str) -> str:

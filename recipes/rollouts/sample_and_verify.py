@@ -12,8 +12,6 @@ Differences None: this is no paper's method, but what the on-policy recipes star
 With several processes (ddp.yaml; `torchrun` on a CPU) each draws and scores its share.
 """
 
-import gzip
-import json
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +23,7 @@ from trl import TrlParser
 
 from negtune.cli.recipe import run_recipe
 from negtune.cli.rollouts import Progress, print_stats
+from negtune.data.gsm8k import load_gsm8k
 from negtune.models.load import load_model
 from negtune.rollouts.attest import policy_name
 from negtune.rollouts.collect import generate, verify
@@ -42,7 +41,9 @@ TAGS = "Give the final answer between <answer> and </answer>.\n\n"
 class Arguments:
     model: str = field(default="smollm2", metadata={"help": "Folder, hub id, smollm2 or tiny."})
     engine: str = field(default="hf", metadata={"help": "hf or vllm."})
-    gsm8k: str = field(default="openai/gsm8k", metadata={"help": "Hub id, or a folder with test.jsonl.gz."})
+    gsm8k: str = field(
+        default="openai/gsm8k", metadata={"help": "Hub id, or a folder with test.jsonl or test.jsonl.gz."}
+    )
     tasks: str = field(default="chain_sum,basic_arithmetic", metadata={"help": "Of reasoning-gym, with commas."})
     rows: int = field(default=200, metadata={"help": "Questions of each kind."})
     num_generations: int = field(default=1, metadata={"help": "Completions of each question."})
@@ -101,16 +102,10 @@ def make_sampler(args: Arguments, state: PartialState) -> Sampler:
 
 def gsm8k(args: Arguments) -> list[dict[str, Any]]:
     """Chat prompts with the data set's solutions, which end in `#### answer`."""
-    file = Path(args.gsm8k, "test.jsonl.gz")
     if args.smoke:
         items = [{"question": f"Mia has {i} apples and buys 2. How many?", "answer": f"#### {i + 2}"} for i in range(3)]
-    elif file.exists():
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            items = [json.loads(line) for line, _ in zip(lines, range(args.rows), strict=False)]
     else:
-        from datasets import load_dataset
-
-        items = load_dataset(args.gsm8k, "main", split=f"test[:{args.rows}]")
+        items = load_gsm8k(args.gsm8k, "test")[: args.rows]
     return [{"prompt": [{"role": "user", "content": ASK + i["question"]}], "answer": i["answer"]} for i in items]
 
 

@@ -34,7 +34,8 @@ from negtune.cli.recipe import run_recipe
 from negtune.cli.rollouts import Progress
 from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_row
 from negtune.data.completions import prompt_token_ids
-from negtune.data.processbench import load_gsm8k, load_processbench, synthetic_processbench, with_answers
+from negtune.data.gsm8k import load_gsm8k
+from negtune.data.processbench import load_processbench, synthetic_processbench, with_answers
 from negtune.data.steps import encoded_steps, joined_with
 from negtune.eval import first_error
 from negtune.eval.first_error import benchmark, markdown, searches

@@ -13,8 +13,6 @@ stopped goes on where it was:
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +23,7 @@ from models import ENGINES, Models
 
 from negtune.cli.rollouts import Progress, print_stats
 from negtune.data.arithmetic import ANSWER_PATTERN, Difficulty, chains, prompt_row
+from negtune.data.gsm8k import load_gsm8k
 from negtune.data.steps import SPLITTERS
 from negtune.records import read_json, strict, write_json
 from negtune.rollouts import collect, steps
@@ -136,14 +135,7 @@ def _as_chat(row: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
 def _gsm8k(source: str, split: str, n: int) -> list[dict[str, Any]]:
     """The first `n` rows; those of the validation split are the last of the training rows."""
     name = "test" if split == "test" else "train"
-    file = Path(source, f"{name}.jsonl.gz")
-    if file.exists():
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-    else:
-        from datasets import load_dataset
-
-        rows = list(load_dataset(source, "main", split=name))
+    rows = load_gsm8k(source, name)
     return rows[-n:] if split == "validation" else rows[:n]
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from negtune.data.arithmetic import first_wrong_step
 from negtune.data.completions import RowError
-from negtune.data.processbench import load_gsm8k, load_processbench, synthetic_processbench, with_answers
+from negtune.data.gsm8k import load_gsm8k
+from negtune.data.processbench import load_processbench, synthetic_processbench, with_answers
 
 ROW = {
     "id": "gsm8k-0",

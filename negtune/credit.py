@@ -148,7 +148,8 @@ def first_pit(
                 still succeeds with chance q is blamed wrongly with chance (1 - q)^n: .24 for q = .3 and n = 4.
             two_consecutive: first such step whose successor is one too, or that is the last.
             argmin: first step with the lowest value (the paper's first pit).
-            largest_drop: first step with the lowest advantage.
+            largest_drop: first step with the lowest advantage; a drop over states without a value is that of the step
+                behind them.
         k: values are those under best-of-k, for argmin and largest_drop.
         threshold: a state with at most this value counts as one from which every rollout fails: some end well by luck.
 
@@ -166,7 +167,8 @@ def first_pit(
     if start <= threshold:
         return Pit(None, "never solved")
     values = state_values(tallies, outcome, k=1 if rule in ("all_fail", "two_consecutive") else k)
-    return Pit(_PIT_RULES[rule](values, threshold), "found")
+    step = _PIT_RULES[rule](values, threshold)
+    return Pit(step, "unknown" if step is None else "found")
 
 
 def _all_fail(values: Sequence[Value], threshold: float) -> int:
@@ -183,13 +185,13 @@ def _argmin(values: Sequence[Value], threshold: float) -> int:
     return min((value, i) for i, value in enumerate(values) if i and value is not None)[1]
 
 
-def _largest_drop(values: Sequence[Value], threshold: float) -> int:
+def _largest_drop(values: Sequence[Value], threshold: float) -> int | None:
     known = [(i, value) for i, value in enumerate(values) if value is not None]
     drops = [(after - before, i) for (_, before), (i, after) in pairwise(known)]
-    return min(drops)[1]
+    return min(drops)[1] if drops else None
 
 
-_PIT_RULES: dict[str, Callable[[Sequence[Value], float], int]] = {
+_PIT_RULES: dict[str, Callable[[Sequence[Value], float], int | None]] = {
     "all_fail": _all_fail,
     "two_consecutive": _two_consecutive,
     "argmin": _argmin,
@@ -267,7 +269,8 @@ def advantages(
         running: subtract this number in place of the baseline: an exponential moving average, see `moving_average`.
         epsilon: added to the standard deviation.
 
-    A completion that is the only scored one of its group has no group baseline: its advantage is 0.
+    A completion that is the only scored one of its group has no group baseline: its advantage is 0. Rewards that are
+    all alike deviate from no mean, to the last bit, and are divided by no scale.
     """
     if baseline == "leave_one_out" and rewards.shape[-1] < 2:
         raise ValueError(f"leave_one_out needs at least 2 samples per prompt, got {rewards.shape[-1]}")
@@ -276,22 +279,24 @@ def advantages(
     if running is not None:
         centred = known - running
     elif baseline == "group":
-        centred = known - known.sum(-1, keepdim=True) / counts.clamp(min=1)
+        centred = (known - known.sum(-1, keepdim=True) / counts.clamp(min=1)).masked_fill(
+            _alike(known, scored, (-1,)), 0.0
+        )
     elif baseline == "leave_one_out":
         others = (known.sum(-1, keepdim=True) - known) / (counts - 1).clamp(min=1)
-        centred = (known - others).masked_fill(counts < 2, 0.0)
+        centred = (known - others).masked_fill((counts < 2) | _alike(known, scored, (-1,)), 0.0)
     elif baseline == "batch":
-        centred = known - known.sum() / scored.sum().clamp(min=1)
+        centred = (known - known.sum() / scored.sum().clamp(min=1)).masked_fill(_alike(known, scored, (-2, -1)), 0.0)
     elif baseline == "none":
         centred = known
     else:
         raise ValueError(f"baseline must be none, group, leave_one_out or batch, got {baseline!r}")
-    if scale == "group":
-        centred = centred / (_deviation(known, scored, (-1,)) + epsilon)
-    elif scale == "batch":
-        centred = centred / (_deviation(known, scored, (-2, -1)) + epsilon)
-    elif scale != "none":
+    if scale not in ("none", "group", "batch"):
         raise ValueError(f"scale must be none, group or batch, got {scale!r}")
+    if scale != "none":
+        axes = (-1,) if scale == "group" else (-2, -1)
+        scaled = centred / (_deviation(known, scored, axes) + epsilon)
+        centred = centred.where(_alike(known, scored, axes), scaled)
     return centred.masked_fill(~scored, 0.0)
 
 
@@ -311,6 +316,13 @@ def moving_average(
 def has_signal(advantages: Float[Tensor, "G N"], scored: Bool[Tensor, "G N"]) -> Bool[Tensor, " G"]:
     """Which groups say anything: an advantage that is not 0 among the scored."""
     return (advantages.masked_fill(~scored, 0.0) != 0).any(-1)
+
+
+def _alike(known: Tensor, scored: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Where the scored are all equal, or none is there."""
+    infinite = float("inf")
+    lowest = known.masked_fill(~scored, infinite).amin(axes, keepdim=True)
+    return lowest >= known.masked_fill(~scored, -infinite).amax(axes, keepdim=True)
 
 
 def _deviation(known: Tensor, scored: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -120,22 +120,29 @@ class TokenCredit:
         known: True where a token is trained on: part of a completion, and its step was judged.
         behaviour_logps: log-probability of each token of the completion under the policy that drew it, or None.
         steps: number of the step that each token belongs to, -1 where it belongs to none; or None.
+        undialled: advantages before the sign dial, which say what is positive and what negative where a weight of the
+            dial is 0; `advantages` themselves if None.
     """
 
     advantages: Float[Tensor, "B T"]
     known: Bool[Tensor, "B T"]
     behaviour_logps: Float[Tensor, "B T"] | None = None
     steps: Int[Tensor, "B T"] | None = None
+    undialled: Float[Tensor, "B T"] | None = None
 
     @property
     def positive(self) -> Bool[Tensor, "B T"]:
-        """Tokens to make more likely."""
-        return self.known & (self.advantages > 0)
+        """Tokens of what was right, to make more likely."""
+        return self.known & (self._signed > 0)
 
     @property
     def negative(self) -> Bool[Tensor, "B T"]:
-        """Tokens to make less likely."""
-        return self.known & (self.advantages < 0)
+        """Tokens of what was wrong, to make less likely."""
+        return self.known & (self._signed < 0)
+
+    @property
+    def _signed(self) -> Float[Tensor, "B T"]:
+        return self.advantages if self.undialled is None else self.undialled
 
     def log_ratio(self, policy: SequenceLogps) -> Float[Tensor, "B T"]:
         """log pi - log mu of each token, 0 behind the mask of `policy`. Raises `MissingBehaviourError` without mu."""

@@ -142,6 +142,13 @@ def test_states_without_rollouts_are_no_candidates():
     assert first_pit(states, False, "two_consecutive").step == 2
 
 
+def test_no_value_but_that_of_the_end_is_no_drop():
+    """Three scored rollouts have no value under best of 5."""
+    assert first_pit([Tally(2, 1, 5)], False, "largest_drop", k=5) == Pit(None, "unknown")
+    assert first_pit([Tally(2, 1, 5), Tally(1, 1, 6)], False, "largest_drop", k=5) == Pit(None, "unknown")
+    assert first_pit([Tally(2, 3, 5), Tally(1, 1, 6)], False, "largest_drop", k=5) == Pit(2, "found")
+
+
 @pytest.mark.parametrize(
     ("states", "outcome", "reason"),
     [
@@ -218,6 +225,29 @@ def test_leave_one_out_has_expectation_of_the_gradient_and_the_group_mean_too_li
     assert_close(group, advantages(rewards, scored, baseline="leave_one_out") * 3 / 4)
     with pytest.raises(ValueError, match="leave_one_out needs at least 2 samples per prompt, got 1"):
         advantages(rewards[:, :1], scored[:, :1])
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.2, 0.7, -1.0])
+@pytest.mark.parametrize("n", [3, 4, 6])
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch"])
+def test_equal_rewards_have_no_signal_to_the_last_bit(reward, n, baseline):
+    rewards, scored = torch.full((2, n), reward, dtype=torch.float64), torch.ones(2, n, dtype=torch.bool)
+    rewards[1, 0], scored[1, 0] = 5.0, False
+    found = advantages(rewards, scored, baseline=baseline)
+    assert not found.any()
+    assert not has_signal(found, scored).any()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("settings", [{"baseline": "none"}, {"baseline": "none", "running": 0.25}])
+def test_rewards_that_are_all_alike_are_not_divided_by_their_deviation(scale, settings):
+    rewards, scored = torch.full((2, 4), -1.0, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
+    expected = rewards - settings.get("running", 0.0)
+    assert_close(advantages(rewards, scored, scale=scale, **settings), expected)
+    rewards[1, 0] = 1.0
+    found = advantages(rewards, scored, scale="group", **settings)
+    assert_close(found[0], expected[0])
+    assert_close(found[1, 0] - found[1, 1], torch.tensor(2.0, dtype=torch.float64) / (1 + 1e-6))
 
 
 def test_a_group_scale_takes_the_size_of_a_penalty_back():

@@ -39,7 +39,7 @@ def pit_pairs(
             too near (then it was not the step that failed); above 0 leaves out steps that hardly differ, whose
             common tokens DPO would push down with the wrong ones. In arithmetic one digit is the whole difference.
         dropped: counts why solutions gave no pair: no pit, no correct continuation, or only such as begin with a step
-            that is too near.
+            that is too near; and pairs that were there already (solutions of a prompt often fail in the same words).
 
     Yields:
         `prompt_ids` (prompt and the steps before the pit), `chosen_ids` (to the end, EOS included), `rejected_ids` (the
@@ -51,6 +51,7 @@ def pit_pairs(
     dropped.update(record["reason"] for record in judged if record["pit"] is None)
     with_pit = [record for record in judged if record["pit"] is not None]
     continuations = _correct_continuations(with_pit, stores, verdicts, name)
+    seen: set[tuple[tuple[int, ...], ...]] = set()
     for record in with_pit:
         _refuse_other_split(record, tokenizer, splitter)
         pit = record["pit"]
@@ -69,8 +70,14 @@ def pit_pairs(
         if chosen == "shortest":
             fit = [min(fit, key=lambda pair: len(pair[0]["completion_ids"]))]
         for continuation, steps in fit:
+            prompt_ids = [*record["prompt_ids"], *prefix]
+            pair = tuple(prompt_ids), tuple(continuation["completion_ids"]), tuple(rejected_ids)
+            if pair in seen:
+                dropped["duplicate"] += 1
+                continue
+            seen.add(pair)
             yield {
-                "prompt_ids": [*record["prompt_ids"], *prefix],
+                "prompt_ids": prompt_ids,
                 "chosen_ids": continuation["completion_ids"],
                 "rejected_ids": rejected_ids,
                 "chosen_step": [0, steps.ends[0]],

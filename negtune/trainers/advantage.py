@@ -266,7 +266,8 @@ class AdvantageTrainer(BaseTrainer):
         weighed = weigh_signs(
             inputs["advantages"], positive_weight=args.positive_weight, negative_weight=args.negative_weight
         )
-        credit = TokenCredit(weighed, inputs["known"], inputs.get("behaviour_logps"), inputs["steps"])
+        given = inputs["known"], inputs.get("behaviour_logps"), inputs["steps"]
+        credit = TokenCredit(weighed, *given, undialled=inputs["advantages"])
         return SequenceLogps(logps, scored_tokens(inputs).mask, ref_logps), credit
 
     def _values(self, policy: SequenceLogps, credit: TokenCredit) -> Tensor:

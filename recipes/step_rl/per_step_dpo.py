@@ -8,8 +8,9 @@ Control     The same steps of fine-tuning on the problems it knows; --rates trie
 Expected    The paper: eight times the data efficiency of SFT on 7B models. Small models: see recipes/LOG.md.
 Measured    See recipes/README.md.
 Differences Pits by all_fail with a chosen number of rollouts; the paper's argmin of best-of-5 values is
-            --strategy all --best_of 5, and its number of rollouts is not published. The chosen continuation is drawn
-            from the state before the pit; loss_type dpo trains on all of it, step_dpo on its first step.
+            --strategy all --rule argmin --best_of 5, and its number of rollouts is not published. The chosen
+            continuation is drawn from the state before the pit; loss_type dpo trains on all of it, step_dpo on its
+            first step.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/step_rl/per_step_dpo.py \
         --config recipes/step_rl/per_step_dpo.yaml
@@ -41,6 +42,8 @@ from negtune.rollouts.store import RecordStore
 def main() -> None:
     stage, args, model_args = TrlParser((StepArguments, PreferenceConfig, ModelConfig)).parse_args_and_config()
     no_push(args)
+    if stage.best_of > 1 and stage.rule in ("all_fail", "two_consecutive"):
+        raise ValueError(f"--best_of {stage.best_of} changes no pit by {stage.rule}; add --rule argmin or largest_drop")
     base = model_args.model_name_or_path or "smollm2"
     if stage.smoke:
         base = "arithmetic"

@@ -59,6 +59,10 @@ class StepArguments:
     strategy: str = field(default="binary", metadata={"help": "all, adaptive, scan or binary; see rollouts.steps."})
     num_rollouts: int = field(default=8, metadata={"help": "From one state, at most."})
     threshold: float = field(default=0.0, metadata={"help": "A state of at most this value is dead."})
+    rule: str = field(
+        default="all_fail",
+        metadata={"help": "Which step is the pit, under all and adaptive: all_fail, two_consecutive, argmin, ..."},
+    )
     best_of: int = field(default=1, metadata={"help": "Values under best-of-K; the paper takes 5."})
     min_distance: float = field(
         default=0.0, metadata={"help": "Edit distance of a pair's two steps, 0 to 1; nearer ones are left out."}
@@ -99,6 +103,7 @@ class StepArguments:
             strategy=self.strategy,
             num_rollouts=self.num_rollouts,
             threshold=self.threshold,
+            rule=self.rule,  # ty: ignore[invalid-argument-type]
             best_of=self.best_of,
             live_only=True,
         )

@@ -97,6 +97,8 @@ def test_models_are_loaded_as_the_command_line_says(tmp_path, monkeypatch, chain
         ("--split", "words", "--split words is none of"),
         ("--num_rollouts", "0", "num_rollouts"),
         ("--best_of", "9", "best_of=9 needs as many rollouts"),
+        ("--best_of", "5", "best_of=5 needs the values of all states"),
+        ("--rule", "argmin", "rule=argmin needs the values of all states"),
         ("--samples", "0", "--samples must be at least 1"),
     ],
 )

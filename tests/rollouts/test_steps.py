@@ -276,6 +276,16 @@ def test_prompts_that_are_never_solved_are_dropped_and_counted(tmp_path):
     assert dropped == {"never solved": 48}
 
 
+@pytest.mark.parametrize("strategy", ["scan", "binary"])
+def test_prompts_that_are_always_solved_cost_a_search_nothing_more(tmp_path, strategy):
+    """Two rollouts of the bare prompt: solutions of a prompt that is solved now and then pass for always solved."""
+    run = Run(tmp_path, Chain(slip=0.15), n=8)
+    records = run.search(Search(strategy, num_rollouts=2), outcomes=("wrong", "correct"))
+    settled = [r for r in records if r["reason"] in ("always solved", "never solved", "correct")]
+    assert {r["reason"] for r in settled} > {"always solved"}
+    assert all(r["num_rollouts"] == (0 if r["outcome"] else 2) for r in settled)
+
+
 @pytest.mark.parametrize("strategy", ["all", "adaptive"])
 @pytest.mark.parametrize("slip", [0.0, 0.35, 1.0])
 def test_prompts_that_are_settled_cost_no_rollouts_of_their_steps(tmp_path, slip, strategy):
@@ -366,12 +376,14 @@ def test_a_pair_parts_at_the_pit(run):
         assert pair["rejected"] != "ok\n"
 
 
-def test_all_correct_continuations_or_the_shortest(run):
-    records = run.search(Search("all", num_rollouts=16))
+def test_all_correct_continuations_or_the_shortest(tmp_path):
+    run = Run(tmp_path, Chain(luck=0.2))  # some that end well have a `no` in them, which is shorter
+    records = run.search(Search("all", num_rollouts=16, threshold=0.3))
     some, every = pairs_of(run, records), pairs_of(run, records, chosen="all")
     assert len(every) > len(some)
     for pair in some:
-        rivals = [p for p in every if p["rollout"] == pair["rollout"]]
+        rivals = [p for p in every if p["rejected_ids"] == pair["rejected_ids"] and p["prefix"] == pair["prefix"]]
+        rivals = [p for p in rivals if p["prompt"] == pair["prompt"]]
         assert len(pair["chosen_ids"]) == min(len(p["chosen_ids"]) for p in rivals)
 
 
@@ -391,7 +403,20 @@ def test_pairs_whose_steps_hardly_differ_are_left_out_if_wanted(run):
     every = pairs_of(run, records)
     assert pairs_of(run, records, min_distance=0.66) == every
     assert pairs_of(run, records, min_distance=0.67, dropped=dropped) == []
-    assert dropped["every correct continuation begins too near to the pit"] == len(every) > 10
+    again = Counter()
+    assert len(pairs_of(run, records, dropped=again)) == len(every) > 10
+    near = dropped["every correct continuation begins too near to the pit"]
+    assert near == len(every) + again["duplicate"]
+
+
+def test_a_pair_that_is_there_already_is_left_out_and_counted(run):
+    records = run.search(Search("binary", num_rollouts=16))
+    dropped = Counter()
+    pairs = pairs_of(run, records, dropped=dropped)
+    texts = [(pair["prompt"], pair["prefix"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    assert len(set(texts)) == len(texts)
+    assert dropped["duplicate"] > 3
+    assert pairs_of(run, records + records) == pairs
 
 
 @pytest.mark.parametrize(
@@ -440,6 +465,15 @@ def test_values_as_step_credit_end_with_what_the_verifier_says(tmp_path):
     assert len(values) == 8
     assert values[0] > 0
     assert values[2:] == [0] * 6
+
+
+def test_step_credit_of_settled_prompts_is_unknown_if_only_live_ones_are_searched(tmp_path):
+    credit = RolloutCredit(
+        Chain(slip=1.0), EndsWith(), PARAMS, search=Search("all", num_rollouts=4, live_only=True), folder=tmp_path
+    )
+    values = judged_once(credit)
+    assert values[0] == 0
+    assert set(values[1:-1]) == {None}
 
 
 def test_step_credit_of_other_weights_or_another_verifier_is_drawn_and_scored_anew(tmp_path):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def tokenize_advantages(
         except (RowError, StepError) as error:
             raise RowError(f"{name} row {index}: {error}") from None
 
+    if not isinstance(data, datasets.IterableDataset):
+        _refuse_neutral_labels(data, name)
     settings = ["advantages", _FORMAT, tokenizer_digest(tokenizer), name, max_length, overlong]
     rows = convert_rows(data, convert, settings, in_memory)
     if isinstance(rows, datasets.IterableDataset):
@@ -89,12 +92,24 @@ def tokenize_advantages(
     return rows.select(kept) if len(kept) < len(rows) else rows
 
 
-def collate_advantages(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+def collate_advantages(
+    items: Sequence[Mapping[str, Any]], pad_token_id: int, *, temperature: float | None = None, ratios: bool = False
+) -> dict[str, Tensor]:
     """One batch of completions with credit on their tokens.
+
+    Args:
+        items: tokenised rows.
+        pad_token_id: of the tokenizer.
+        temperature: at which log-probabilities are trained. A row drawn at another one has no behaviour policy to
+            compare with: its `behaviour_logps` play no part.
+        ratios: the objective needs them; such a row is refused.
 
     Returns:
         `collate`'s tensors; `advantages` (float32), `known`, `steps` (-1 behind the end) `[B T]`; `behaviour_logps`
         `[B T]` (float32, 0 behind the end) if every row has them; `rows` `[B]` (row numbers in the data set).
+
+    Raises:
+        RowError: for ratios of two distributions.
     """
     batch = collate(items, pad_token_id)
     shape = len(items), int(batch["completion_lengths"].max())
@@ -108,13 +123,28 @@ def collate_advantages(items: Sequence[Mapping[str, Any]], pad_token_id: int) ->
                 advantages[i, start:end], known[i, start:end] = advantage, True
             start = end
     batch |= {"advantages": advantages, "known": known, "steps": steps}
-    logps = [item["behaviour_logps"] for item in items if item.get("behaviour_logps") is not None]
+    logps = [item["behaviour_logps"] for item in items if _behaves(item, temperature, ratios)]
     if len(logps) == len(items):
         batch["behaviour_logps"] = torch.zeros(shape)
         for i, values in enumerate(logps):
             batch["behaviour_logps"][i, : len(values)] = torch.tensor(values)
     batch["rows"] = torch.tensor([item.get("row", -1) for item in items])
     return batch
+
+
+def _behaves(item: Mapping[str, Any], temperature: float | None, ratios: bool) -> bool:
+    """Whether a row's log-probabilities are those of a behaviour policy."""
+    if item.get("behaviour_logps") is None:
+        return False
+    drawn = item.get("temperature")
+    if temperature is None or drawn is None or drawn == temperature:
+        return True
+    if ratios:
+        raise RowError(
+            f"row {item.get('row', item.get('key'))} was drawn at temperature {drawn:g} and temperature is "
+            f"{temperature:g}: the ratio would be one of two distributions; set temperature to that of the draw"
+        )
+    return False
 
 
 def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, overlong: Overlong) -> dict[str, Any]:
@@ -131,8 +161,11 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
         except ValueError as error:
             raise RowError(str(error)) from None
     for i, advantage in enumerate(credit):
-        if advantage is not None and not math.isfinite(advantage):
-            raise RowError(f"the advantage of step {i + 1} is {advantage}; give None for a step that was not judged")
+        if advantage is not None and not (isinstance(advantage, numbers.Real) and math.isfinite(advantage)):
+            raise RowError(
+                f"the advantage of step {i + 1} is {advantage!r}; give a finite number, or None for a step that was "
+                "not judged"
+            )
     behaviour = _behaviour_logps(row, len(completion_ids))
     space = room(ids, max_length)
     too_long = len(completion_ids) > space
@@ -158,16 +191,36 @@ def _convert(row: Mapping[str, Any], tokenizer: Any, max_length: int | None, ove
 
 def _credit_of(row: Mapping[str, Any], kind: str, steps: int) -> list[Any]:
     if kind == "advantage":
-        return [row["advantage"]]
+        return [row.get("advantage")]
     if kind == "first_error":
         try:
             return list(advantages_from_labels(labels_from_first_error(int(row["first_error"]), steps)))
         except ValueError as error:
             raise RowError(str(error)) from None
     given = list(row[kind])
-    if kind == "step_labels" and {0, -1} <= {label for label in given if type(label) is int}:
-        raise RowError("step_labels have 0 beside -1: where 0 is neutral, as in PRM800K, give None for it")
+    if kind == "step_labels" and {0, -1} <= _integers(given):
+        raise RowError(f"step_labels have 0 beside -1: {_NEUTRAL}")
     return given
+
+
+def _refuse_neutral_labels(data: Any, name: str) -> None:
+    """Raise RowError for labels in which 0 cannot mean wrong, since rows beside have -1 for it."""
+    if not isinstance(data, Sequence) and "step_labels" not in (getattr(data, "column_names", None) or ()):
+        return
+    rows = data["step_labels"] if hasattr(data, "column_names") else [row.get("step_labels") for row in data]
+    first: dict[int, int] = {}
+    for i, labels in enumerate(rows):
+        for label in _integers(labels or ()):
+            first.setdefault(label, i)
+    if {0, -1} <= set(first) and first[0] != first[-1]:
+        raise RowError(f"step_labels have 0 in {name} row {first[0]} and -1 in row {first[-1]}: {_NEUTRAL}")
+
+
+def _integers(labels: Iterable[Any]) -> set[int]:
+    return {int(label) for label in labels if isinstance(label, numbers.Integral) and not isinstance(label, bool)}
+
+
+_NEUTRAL = "where 0 is neutral, as in PRM800K, give None for it"
 
 
 def _temperature(row: Mapping[str, Any]) -> float:
@@ -179,6 +232,8 @@ def _temperature(row: Mapping[str, Any]) -> float:
 
 def _kind_of_credit(row: Mapping[str, Any]) -> str:
     found = [name for name in CREDIT if row.get(name) is not None]
+    if not found and "advantage" in row:
+        return "advantage"  # None: not judged
     if len(found) != 1:
         raise RowError(f"a row needs one of {', '.join(CREDIT)}, this one has {' and '.join(found) or 'none'}")
     return found[0]

@@ -127,6 +127,10 @@ def clipped(
 
     https://arxiv.org/abs/1707.06347, equation 7
     """
+    if delta is not None and delta <= 1 + epsilon_high:
+        raise ValueError(
+            f"delta={delta:g} must be more than 1 + epsilon_high = {1 + epsilon_high:g}, or it caps positives"
+        )
     log_ratio, segments = credit.log_ratio(policy), credit.segments(level)
     if level != "token":
         lengths = segment_sums(policy.mask.to(log_ratio), segments).clamp(min=1)

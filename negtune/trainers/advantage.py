@@ -156,7 +156,12 @@ class AdvantageTrainer(BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_advantages, pad_token_id=padding_id(processing_class)),
+            data_collator=partial(
+                collate_advantages,
+                pad_token_id=padding_id(processing_class),
+                temperature=args.temperature,
+                ratios=needs.behaviour,
+            ),
             train_dataset=train,
             eval_dataset=eval_dataset if sampler is not None else self._tokenized_for_evaluation(eval_dataset),
             processing_class=processing_class,
@@ -232,11 +237,11 @@ class AdvantageTrainer(BaseTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             tell_step_totals(self, batches, _counts)
-            every = (
-                self.args.logging_steps if self.args.gradient_norms_every is None else self.args.gradient_norms_every
-            )
-            due = every >= 1 and (self.state.global_step + 1) % int(every) == 0
-            batches[0]["step"]["gradients"] = due
+            logged = max(1, int(self.state.logging_steps or 1))  # a fraction of all steps is a number here
+            every = logged if self.args.gradient_norms_every is None else self.args.gradient_norms_every
+            step = self.state.global_step + 1
+            batches[0]["step"]["gradients"] = every > 0 and step % every == 0
+            batches[0]["step"]["probe"] = step % logged == 0
         return batches, items
 
     def compute_loss(
@@ -246,6 +251,7 @@ class AdvantageTrainer(BaseTrainer):
         step = inputs.get("step") or {"counts": _counts(inputs).tolist(), "share": 1}
         if step.get("gradients") and model.training:
             self._record_gradients(inputs)
+        if step.get("probe") and model.training:
             self._record_probe()
         policy, credit = self._read(model, inputs)
         values = self._values(policy, credit)
@@ -314,8 +320,12 @@ class AdvantageTrainer(BaseTrainer):
         model = unwrapped(self.model)
         with eval_mode(model):
             policy, credit = self._read(model, batch)
-        if credit.behaviour_logps is not None and credit.positive.any():
+        if not credit.positive.any():
+            return
+        if credit.behaviour_logps is not None:
             self._sums.add("positive/drift", credit.log_ratio(policy)[credit.positive])
+        else:  # drawn from a cut distribution: compared with the first measurement
+            self._sums.add("positive/probe_logp", policy.logps[credit.positive])
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -416,11 +426,12 @@ class AdvantageTrainer(BaseTrainer):
 
     def _follow_positives(self, logs: dict[str, float]) -> None:
         """Without behaviour policy and reference the first log-probabilities seen stand in for both."""
-        if "positive/drift" in logs or "positive/logp" not in logs or self.on_policy is not None:
+        name = "positive/logp" if self.on_policy is None else "positive/probe_logp"
+        if "positive/drift" in logs or name not in logs:
             return
         if self._first_positive is None:
-            self._first_positive = logs["positive/logp"]
-        logs["positive/drift"] = logs["positive/logp"] - self._first_positive
+            self._first_positive = logs[name]
+        logs["positive/drift"] = logs[name] - self._first_positive
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

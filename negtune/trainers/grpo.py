@@ -9,7 +9,6 @@ Shapes: B completions, T completion tokens, F reward functions.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,12 @@ from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
 from negtune.models.structure import eval_mode, unwrapped
 from negtune.ops import weigh_signs
 from negtune.rollouts.attest import policy_name
+from negtune.rollouts.collect import RECENT
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.trainers.progress import MetricSums
-from negtune.trainers.rounds import RESERVED_BY_STEPS, StepCredit, refuse_reserved
+from negtune.trainers.rounds import RESERVED_BY_STEPS, StepCredit, checked_step_scores, refuse_reserved
+from negtune.verifiers.verdict import Verdict, stop_if_unscored
 
 
 @dataclass
@@ -57,6 +58,13 @@ class StepGRPOConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Sign dial: negative advantages times this, last, so that no normalisation undoes it."},
     )
+    max_unscored: float = field(
+        default=0.9,
+        metadata={
+            "help": "Stop where reward functions leave a larger share of completions out (None): nothing would be "
+            "learnt. Cut completions do not count; 1: never."
+        },
+    )
     gradient_norms_every: int = field(
         default=0,
         metadata={
@@ -77,6 +85,8 @@ class StepGRPOConfig(GRPOConfig):
                 f"sign weights cannot be negative, got positive_weight={self.positive_weight}, "
                 f"negative_weight={self.negative_weight}; 0 leaves a sign out"
             )
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"need 0 <= max_unscored <= 1, got {self.max_unscored}")
         if self.gradient_norms_every < 0:
             raise ValueError(f"gradient_norms_every must be >= 0, got {self.gradient_norms_every}; 0 is never")
 
@@ -114,6 +124,7 @@ class StepGRPOTrainer(GRPOTrainer):
         self.step_reward_funcs: list[Callable] = [step_reward_funcs] if single else list(step_reward_funcs or ())
         self._captured: tuple[list, list, list, list] | None = None
         self._warned = False
+        self._seen: list[Verdict] = []
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._scored: tuple[Tensor, ...] | None = None
         self._measuring = False
@@ -127,7 +138,9 @@ class StepGRPOTrainer(GRPOTrainer):
     ) -> Float[Tensor, "B F"]:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         counts = self.reward_weights.to(rewards.device) != 0
-        unscored = (rewards.isnan() & counts).any(1)
+        missing = rewards.isnan() & counts
+        unscored = missing.any(1)
+        self._stop_if_unscored(missing)
         if self.mask_truncated_completions:
             ends = {self._tokenizer.pad_token_id, *self.eos_token_ids}
             cut = torch.tensor([ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
@@ -144,6 +157,17 @@ class StepGRPOTrainer(GRPOTrainer):
             self._warned = warn_of_lost_penalty(known, "scale_rewards=group", "Set scale_rewards to none")
         self._rewards = self._rewards[start : start + len(prompts)]
         return rewards
+
+    def _stop_if_unscored(self, missing: Bool[Tensor, "B F"]) -> None:
+        """Raise `TooManyUnscored` once reward functions have left out too many of the last completions."""
+        new = [
+            Verdict("unscored", reason=f"{self.reward_func_names[row.index(True)]} returned None")
+            if any(row)
+            else Verdict("correct")
+            for row in missing.tolist()
+        ]
+        self._seen = [*self._seen, *new][-RECENT:]
+        stop_if_unscored(self._seen, self.args.max_unscored)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out = super()._generate_and_score_completions(inputs)
@@ -193,9 +217,10 @@ class StepGRPOTrainer(GRPOTrainer):
             if hasattr(function, "update"):
                 function.update(unwrapped(self.model), self._policy())
             found = function(prompts, completions, [steps.texts for steps in cut], **columns)
+            scores = checked_step_scores(found, cut, self.args.step_scores)
             totals = [
-                _added(total, _as_advantages(scores, len(steps), self.args.step_scores))
-                for total, scores, steps in zip(totals, found, cut, strict=True)
+                _added(total, _as_advantages(of_steps, len(steps), self.args.step_scores))
+                for total, of_steps, steps in zip(totals, scores, cut, strict=True)
             ]
         return totals
 
@@ -291,17 +316,9 @@ def _in_loss(inputs: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
 
 
 def _as_advantages(scores: Sequence[float | None], steps: int, kind: str) -> list[float | None]:
-    """One advantage per step. Raises ValueError for another number of scores, and for what is no number."""
-    wrong = [score for score in scores if score is not None and not math.isfinite(score)]
-    if wrong:
-        raise ValueError(f"a step reward function gave {wrong[0]}; give None for a step that was not judged")
-    if kind == "values" and len(scores) in (steps, steps + 1):
+    """One advantage per step."""
+    if kind == "values":
         return step_advantages(scores if len(scores) > steps else [None, *scores])
-    if len(scores) != steps:
-        raise ValueError(
-            f"a step reward function gave {len(scores)} numbers for {steps} steps; give one per step (one more, "
-            "that of the bare prompt, with step_scores=values)"
-        )
     return list(scores)
 
 

@@ -161,6 +161,8 @@ class OnPolicy:
 
     def solved(self, rows: list[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of `solve` with the weights of this moment; every process solves its share."""
+        if not rows:
+            raise ValueError("the evaluation set is empty; it needs at least one prompt")
         self.sync(attested=False)
         refuse_reserved(rows[0], RESERVED)
         n, params = self.args.eval_num_generations, self.args.sampling_params(evaluation=True)

@@ -10,6 +10,7 @@ Shapes: G prompts (groups), N completions of each.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from accelerate.utils import gather_object
 from negtune.credit import Baseline, Scale, advantages, moving_average, step_advantages
 from negtune.data.completions import Message
 from negtune.data.prompts import PromptSource
-from negtune.data.steps import Splitter, token_steps
+from negtune.data.steps import Splitter, TokenSteps, token_steps
 from negtune.records import strict
 from negtune.rollouts.collect import RECENT, in_parts, rollout_columns, rollout_record
 from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
@@ -276,19 +277,9 @@ class Rounds:
             step_ends=[steps.ends for steps in cut],
             rewards=list(rewards),
         )
-        if len(found) != len(records):
-            raise ValueError(f"step credit gave {len(found)} lists for {len(records)} completions; give one for each")
-        extra = (0, 1) if self.settings.step_scores == "values" else (0,)
-        for record, steps, scores in zip(records, cut, found, strict=True):
-            if len(scores) - len(steps) not in extra:
-                raise ValueError(
-                    f"step credit gave {len(scores)} numbers for the {len(steps)} steps of {record['text'][:80]!r}; "
-                    "give one per step, None where it was not judged; values of states, that of the bare prompt first, "
-                    "need step_scores=values"
-                )
+        scores = checked_step_scores(found, cut, self.settings.step_scores)
         return {
-            record["key"]: (steps.ends, [None if score is None else float(score) for score in scores])
-            for record, steps, scores in zip(records, cut, found, strict=True)
+            record["key"]: (steps.ends, of_steps) for record, steps, of_steps in zip(records, cut, scores, strict=True)
         }
 
     # --- credit -------------------------------------------------------------------------------------------------------
@@ -334,7 +325,48 @@ class Rounds:
     def _trainable(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a batch is made of. Log-probabilities of a cut distribution are no behaviour policy's."""
         names = ("prompt_ids", "completion_ids", "step_ends", "step_advantages", "group", "key")
-        return {**{name: row[name] for name in names}, "behaviour_logps": None if row["truncated"] else row["logps"]}
+        behaviour = {"behaviour_logps": None if row["truncated"] else row["logps"], "temperature": row["temperature"]}
+        return {**{name: row[name] for name in names}, **behaviour}
+
+
+def checked_step_scores(found: Any, cut: Sequence[TokenSteps], kind: str) -> list[list[float | None]]:
+    """What step credit gave, as one list of numbers per completion.
+
+    Args:
+        found: by the callable.
+        cut: the steps of each completion.
+        kind: `rewards`, one per step, or `values`, which may have that of the bare prompt first.
+
+    Raises:
+        ValueError: for anything else, saying for which completion.
+    """
+    if not _is_list(found) or len(found) != len(cut):
+        given = f"{len(found)} lists" if _is_list(found) else repr(found)
+        raise ValueError(f"step credit gave {given} for {len(cut)} completions; give one list for each")
+    extra = (0, 1) if kind == "values" else (0,)
+    for steps, scores in zip(cut, found, strict=True):
+        if not _is_list(scores):
+            raise ValueError(
+                f"step credit gave {scores!r} for a completion; give a list with one number for each of its "
+                f"{len(steps)} steps, None where one was not judged (a number per completion is a reward: reward_funcs)"
+            )
+        if len(scores) - len(steps) not in extra:
+            raise ValueError(
+                f"step credit gave {len(scores)} numbers for the {len(steps)} steps of "
+                f"{''.join(steps.texts)[:80]!r}; give one per step, None where it was not judged; values of states, "
+                "that of the bare prompt first, need step_scores=values"
+            )
+        wrong = [score for score in scores if score is not None and not math.isfinite(score)]
+        if wrong:
+            raise ValueError(
+                f"step credit gave {wrong[0]} for a step of {''.join(steps.texts)[:80]!r}; give None for a step that "
+                "was not judged"
+            )
+    return [[None if score is None else float(score) for score in scores] for scores in found]
+
+
+def _is_list(thing: Any) -> bool:
+    return hasattr(thing, "__len__") and hasattr(thing, "__getitem__") and not isinstance(thing, str | Mapping)
 
 
 def refuse_reserved(columns: Iterable[str], reserved: set[str]) -> None:

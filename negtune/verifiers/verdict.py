@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import math
 import os
 import re
 import threading
@@ -149,7 +150,7 @@ class FromRewardFunction:
         return [self._verdict(value, seconds) for value in values]
 
     def _verdict(self, value: float | None, seconds: float) -> Verdict:
-        if value is None or value != value:
+        if value is None or not math.isfinite(value):
             return Verdict("unscored", reason=f"the reward function returned {value}", seconds=seconds)
         outcome: Outcome = "correct" if value >= self.threshold else "wrong"
         return Verdict(outcome, float(value), f"reward {value:g}", seconds)

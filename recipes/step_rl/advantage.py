@@ -80,7 +80,7 @@ def main() -> None:
         artefact="the trained policy",
         arguments={**vars(mode), **vars(stage), **args.to_dict()},
     )
-    arms = Arms(stage, args, models, run, folder, chat)
+    arms = Arms(stage, args, models, run, folder, chat, vars(mode))
 
     def train(rate: float, to: Path) -> int:
         if not mode.on_policy:

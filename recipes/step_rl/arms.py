@@ -34,12 +34,22 @@ SHARED = (
     *("bf16", "use_cpu", "gradient_checkpointing", "disable_tqdm"),
 )
 """Settings that the control takes from the method."""
-DECIDING = (
-    *("loss_type", "loss_kwargs", "beta", "learning_rate", "max_steps", "num_train_epochs", "seed", "reference"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "positive_weight", "negative_weight", "baseline", "scale_advantages"),
-    *("num_generations", "steps_per_round", "reuse", "temperature", "dynamic_sampling", "step_scores"),
+ASIDE = (
+    *("output_dir", "run_name", "log", "disable_tqdm", "report_to", "save_", "eval_", "do_", "hub_", "push_to_hub"),
+    *("dataloader_", "ddp_", "resume_from_checkpoint", "project", "trackio_", "gradient_norms_every", "attest_every"),
+    *(
+        "local_rank",
+        "overwrite_",
+        "skip_",
+        "include_",
+        "metric_for",
+        "greater_is",
+        "load_best",
+        "prediction_loss",
+        "restore_",
+    ),
 )
+"""How settings begin that decide nothing about the trained policy; all others do."""
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 NOT_DECIDING = ("control", "rates", "test_problems", "test_samples", "validation_problems")
 Train = Callable[[float, Path], int]
@@ -56,7 +66,8 @@ class Arms:
         run: gets one column per arm.
         folder: of the run.
         chat: whether prompts are chats.
-        measured: arms that have a column, and at which rate; kept.
+        mode: more of the command line that decides what is trained.
+        measured: arms that have a column, and at which rate.
 
     Every process takes its share of the solving; one writes.
     """
@@ -67,7 +78,8 @@ class Arms:
     run: Run
     folder: Path
     chat: bool
-    measured: dict[str, float | None] = field(default_factory=dict)
+    mode: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float | None] = field(default_factory=dict, init=False)
 
     def compare(self, name: str, train: Train) -> None:
         """Train the arm `name` and, if wanted, the control; choose their rates and measure them; print the table.
@@ -182,10 +194,10 @@ class Arms:
     def _settings(self, args: Any) -> dict[str, Any]:
         """What decides the trained policy."""
         stage = {name: value for name, value in vars(self.stage).items() if name not in NOT_DECIDING}
-        found = {name: getattr(args, name, None) for name in DECIDING}
+        found = {name: value for name, value in args.to_dict().items() if not name.startswith(ASIDE)}
         settings = self.models.settings
         names = ("dtype", "load_in_4bit", *(LORA if settings.use_peft else ()))
-        return {**stage, **found, **{name: getattr(settings, name) for name in names}}
+        return {**self.mode, **stage, **found, **{name: getattr(settings, name) for name in names}}
 
 
 def last_words(prompt: Any) -> str:

@@ -463,8 +463,13 @@ def curve_table(curve: Mapping[int, Comparison], seeds: list[int]) -> str:
             for seed in seeds:
                 alone = {m: c.values(DO_NOTHING, c.metric)[seed] for m, c in curve.items()}
                 factors.append(efficiency(alone, n, found.values(arm, found.metric)[seed]))
-            lines.append(f"- {arm}, {n}: " + ", ".join(f"{factor:.2f}" for factor in factors))
+            lines.append(f"- {arm}, {n}: " + ", ".join(_said(factor) for factor in factors))
     return "\n".join(lines)
+
+
+def _said(factor: float) -> str:
+    """inf: better than fine-tuning alone on the most problems; NaN: worse than on the fewest."""
+    return "below the curve" if math.isnan(factor) else "above the curve" if math.isinf(factor) else f"{factor:.2f}"
 
 
 def refuse(args: argparse.Namespace) -> None:

@@ -107,6 +107,32 @@ def test_rows_without_a_judged_step_are_counted_out(caplog):
         tokenize([bare])
 
 
+def test_a_completion_whose_advantage_is_none_is_not_judged():
+    whole = {"prompt_ids": [5], "completion_ids": [7, EOS], "advantage": 1.0}
+    assert [row["row"] for row in tokenize([{**whole, "advantage": None}, whole])] == [1]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_a_neutral_zero_is_found_though_no_row_has_both(kind):
+    """In PRM800K 0 is neutral: a row of 1 and 0 alone would have its neutral step pushed down."""
+    rows = [{**IDS, "step_advantages": None, "step_labels": labels} for labels in ([1, 1], [1, 0], [-1, None])]
+    with pytest.raises(
+        RowError, match="0 in train row 1 and -1 in row 2: where 0 is neutral, as in PRM800K, give None"
+    ):
+        tokenize(kind(rows))
+    assert len(tokenize(kind(rows[:2]))) == 2
+    assert len(tokenize(kind(rows[::2]))) == 2
+
+
+def test_log_probabilities_of_another_temperature_are_no_behaviour_policy():
+    drawn = {**IDS, "behaviour_logps": [-0.5, -0.25, -1.0, -2.0], "temperature": 0.7}
+    rows = list(tokenize([drawn]))
+    assert "behaviour_logps" in collate_advantages(rows, 0, temperature=0.7, ratios=True)
+    assert "behaviour_logps" not in collate_advantages(rows, 0, temperature=1.0)
+    with pytest.raises(RowError, match="row 0 was drawn at temperature 0.7 and temperature is 1"):
+        collate_advantages(rows, 0, temperature=1.0, ratios=True)
+
+
 def test_lists_data_sets_and_streams_give_the_same_rows():
     rows = [IDS, {**IDS, "step_advantages": [None, None]}, {**IDS, "step_advantages": [None, 1.0]}]
     listed = list(tokenize(rows))
@@ -126,6 +152,7 @@ def test_lists_data_sets_and_streams_give_the_same_rows():
         ({"advantage": 1.0}, "this one has step_advantages and advantage"),
         ({"step_advantages": [1.0]}, "1 step_advantages for 2 steps; give one per step"),
         ({"step_advantages": [1.0, float("nan")]}, "the advantage of step 2 is nan"),
+        ({"step_advantages": ["1", "0"]}, "the advantage of step 1 is '1'; give a finite number"),
         ({"step_ends": [2, 3]}, "step_ends must rise to the number of completion tokens, 4"),
         ({"step_ends": [0, 4]}, "step_ends must rise"),
         ({"step_ends": [3, 2, 4], "step_advantages": [1.0, 1.0, 1.0]}, "step_ends must rise"),

@@ -136,6 +136,8 @@ def test_delta_bounds_the_push_on_a_negative_that_became_likely():
     assert free[0, 3] == pytest.approx(-2 * math.exp(3))
     assert bounded[0, 3] == 0
     assert clipped(policy(risen), credit(), delta=4.0)[0, 3].item() == pytest.approx(8.0)
+    with pytest.raises(ValueError, match=r"delta=1.2 must be more than 1 \+ epsilon_high = 1.2"):
+        clipped(policy(risen), credit(), delta=1.2)
 
 
 def test_clipped_on_sequences_takes_the_geometric_mean():

@@ -14,6 +14,7 @@ from peft import get_peft_model
 from transformers import HfArgumentParser
 from trl import ModelConfig, get_peft_config
 
+from negtune import AdvantageConfig
 from negtune.models.policy import is_peft
 from negtune.report import write_report
 from negtune.rollouts.sampler import SamplingParams
@@ -87,6 +88,35 @@ def test_models_are_loaded_as_the_command_line_says(tmp_path, monkeypatch, chain
         .completion_ids
     )
     assert Models(chain_folder, ModelConfig(dtype="float32"), "hf", 4).load()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"kl_weight": 0.5}, {"reduction": "row_sum"}, {"step_weight": 2.0}, {"positive_guard": "stop"}),
+        *({"max_length": 99}, {"optim": "sgd"}, {"top_p": 0.9}, {"adam_beta2": 0.9}),
+    ],
+)
+def test_a_trained_arm_is_not_taken_for_one_of_other_settings(tmp_path, monkeypatch, chain_folder, changed):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "step_rl")
+    from arms import Arms  # ty: ignore[unresolved-import]
+    from models import Models  # ty: ignore[unresolved-import]
+    from stages import StepArguments  # ty: ignore[unresolved-import]
+
+    def trained(mode=None, **settings):
+        args = AdvantageConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+        models = Models(chain_folder, ModelConfig(), "hf", 4)
+        arms = Arms(StepArguments(), args, models, None, tmp_path, False, mode or {"on_policy": False})
+        return arms.trained(None, args, 1e-4, tmp_path / "policy")
+
+    with pytest.raises(TypeError, match="not callable"):  # it would train
+        trained()
+    (tmp_path / "policy" / "done.json").write_text("7")
+    assert trained() == trained(logging_steps=1, save_steps=9, report_to="none") == 7
+    with pytest.raises(ValueError, match=f"other settings .{next(iter(changed))}"):
+        trained(**changed)
+    with pytest.raises(ValueError, match="other settings .on_policy"):
+        trained({"on_policy": True})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from negtune import AdvantageConfig, AdvantageTrainer
-from negtune.data.completions import collate, tokenize_row
+from negtune.data.completions import RowError, collate, tokenize_row
 from negtune.losses.policy import POLICY_LOSSES
 from negtune.models.forward import attach_scoring, completion_logps
 from negtune.models.load import load_tokenizer
@@ -676,6 +677,56 @@ def test_rows_of_another_temperature_are_refused_for_ratios(advantage):
     advantage(data=[row], loss_type="topr", temperature=0.7, max_steps=1)
 
 
+def test_a_stream_of_another_temperature_is_refused_for_ratios_and_gives_no_drift(advantage):
+    drawn = {"prompt_ids": [5], "completion_ids": [6, 1], "behaviour_logps": [-1.0, -1.0], "temperature": 0.3}
+    rows = [{**drawn, "advantage": sign} for sign in (1.0, -1.0)] * 8
+
+    def stream():
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    with pytest.raises(RowError, match="row 0 was drawn at temperature 0.3 and temperature is 1"):
+        advantage(data=stream(), loss_type="topr", max_steps=1)
+    trainer = advantage(data=stream(), max_steps=2)
+    assert logged(trainer, "positive/drift")[0] == 0  # from the first log-probabilities on, not from those of the draw
+    assert not logged(trainer, "ratio_p50")
+
+
+def test_a_round_is_not_resumed_at_another_temperature(online, tmp_path):
+    settings = {"loss_type": "clipped", "steps_per_round": 4, "max_steps": 4, "max_empty_rounds": 100}
+    online(save_strategy="steps", save_steps=2, **settings)
+    with pytest.raises(RowError, match="was drawn at temperature 1 and temperature is 0.5"):
+        online(resume=str(tmp_path / "run" / "checkpoint-2"), temperature=0.5, **settings)
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda steps: [1.0 for _ in steps], "gave 1.0 for a completion; give a list with one number for each"),
+        (lambda steps: [None for _ in steps], "gave None for a completion"),
+        (lambda steps: [[0.0] * len(of) for of in steps][1:], "lists for [0-9]+ completions"),
+        (lambda steps: 0.5, "step credit gave 0.5 for"),
+        (lambda steps: [[0.0] * (len(of) + 1) for of in steps], "numbers for the [0-9]+ steps of"),
+        (lambda steps: [[float("nan")] * len(of) for of in steps], "gave nan for a step of"),
+    ],
+)
+def test_step_credit_that_is_no_list_of_numbers_is_named(online, gives, words):
+    with pytest.raises(ValueError, match=words):
+        online(max_steps=1, kwargs={"step_credit": lambda prompts, completions, steps, **columns: gives(steps)})
+
+
+def test_an_empty_evaluation_is_refused(online):
+    with pytest.raises(ValueError, match="the evaluation set is empty"):
+        online(train=False, kwargs={"eval_dataset": []}).evaluate()
+
+
+def test_an_infinite_reward_leaves_its_completion_unscored(online):
+    def reward(prompts, completions, **columns):
+        return [float("inf") if text.endswith("good") else 0.0 for text in completions]
+
+    with pytest.raises(TooManyUnscored, match="the reward function returned inf"):
+        online(max_steps=4, reward=reward, per_device_train_batch_size=32)
+
+
 def test_log_probabilities_are_those_of_the_temperature(online):
     """At temperature .5 engine and trainer agree, or the ratio of the first step would not be 1."""
     trainer = online(loss_type="clipped", temperature=0.5, max_steps=1, max_empty_rounds=100)
@@ -790,10 +841,37 @@ def test_columns_with_the_names_of_what_scorers_get_are_refused(online, prompts)
         online(data=taken, kwargs={"step_credit": bad_steps})
 
 
-def test_a_cut_distribution_gives_no_drift(online):
-    trainer = online(top_k=2, max_steps=2, max_empty_rounds=100)
-    assert not logged(trainer, "positive/drift")
+def test_positives_of_a_cut_distribution_are_followed_from_the_first_measurement(online):
+    """Their log-probabilities at the draw are those of another distribution, and give no ratio."""
+    trainer = online(top_k=2, max_steps=4, max_empty_rounds=100, learning_rate=2e-3)
+    drift = logged(trainer, "positive/drift")
+    assert drift[0] == 0
+    assert abs(drift[-1]) > 1e-3
     assert not logged(trainer, "ratio_p50")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_norms_every": 0},
+        {"logging_steps": 0.34, "logging_first_step": True, "gradient_norms_every": None},
+        {"positive_weight": 0.0},
+        {"top_k": 4},
+    ],
+)
+def test_the_guard_sees_positives_whatever_else_is_measured(online, settings):
+    """A limit below any drift: the guard acts as soon as it is told one."""
+    with pytest.raises(GuardStop, match="max_positive_drop=-5"):
+        online(max_steps=3, max_empty_rounds=100, positive_guard="stop", max_positive_drop=-5.0, **settings)
+
+
+def test_rows_of_one_sign_have_an_anchor_though_the_dial_is_at_zero(advantage):
+    plain = advantage(max_steps=1, positive_weight=0.0)
+    held = advantage(max_steps=1, positive_weight=0.0, nll_weight=5.0)
+    share = logged(held, "positive/tokens")[0]
+    assert losses(held)[0] - losses(plain)[0] == pytest.approx(-5 * share * logged(held, "positive/logp")[0], rel=1e-4)
+    assert logged(plain, "positive/advantage") == [0.0]
+    assert logged(plain, "positive/grad_norm") == [0.0]
 
 
 def test_positives_of_the_first_round_are_followed(online):

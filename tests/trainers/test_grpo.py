@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 from negtune import HFSampler, SamplingParams
 from negtune.rollouts.steps import RolloutCredit, Search
 from negtune.trainers.guards import PenaltyWarning
-from negtune.verifiers.verdict import FromRewardFunction
+from negtune.verifiers.verdict import FromRewardFunction, TooManyUnscored
 from tests.trainers.test_advantage import bad_steps, is_good
 
 
@@ -190,8 +190,32 @@ def test_a_step_score_that_is_no_number_is_refused_before_it_makes_the_loss_one(
     def nan(prompts, completions, steps, **columns):
         return [[float("nan")] * len(s) for s in steps]
 
-    with pytest.raises(ValueError, match="gave nan; give None for a step that was not judged"):
+    with pytest.raises(ValueError, match="gave nan for a step of .* give None for a step that was not judged"):
         grpo(steps=nan, step_scores=kind, max_steps=1)
+
+
+def test_a_reward_function_that_scores_nothing_stops_the_run(grpo):
+    """64 completions of two functions, one of which never answers: TRL would go on at loss 0."""
+
+    def silent(prompts, **columns):
+        return [None] * len(prompts)
+
+    with pytest.raises(TooManyUnscored, match="could not be scored .limit 90%.: .* silent returned None"):
+        grpo(reward=[silent, is_good], max_steps=8)
+    assert grpo(reward=[silent, is_good], max_steps=2, max_unscored=1.0).state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda steps: [1.0 for _ in steps], "gave 1.0 for a completion; give a list with one number for each"),
+        (lambda steps: [None for _ in steps], "gave None for a completion"),
+        (lambda steps: [[0.0] * len(of) for of in steps][1:], "lists for [0-9]+ completions"),
+    ],
+)
+def test_step_credit_that_is_no_list_of_numbers_is_named(grpo, gives, words):
+    with pytest.raises(ValueError, match=words):
+        grpo(max_steps=1, steps=lambda prompts, completions, steps, **columns: gives(steps))
 
 
 def test_a_resumed_run_goes_on(grpo, tmp_path):

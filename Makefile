@@ -2,6 +2,7 @@
 # the Python version and the place of the checkout stay the same.
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 VENV ?= .venv
 CONSTRAINT ?=
 BIN := $(VENV)/bin
@@ -12,7 +13,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo       unlearn a few facts from a real 135M model; results in runs/demo/"
-	@echo "make test       fast tests, with vLLM, in .venv-vllm (ARGS='-k npo' passes options to pytest)"
+	@echo "make test       fast tests, with vLLM, in .venv-vllm (ARGS='-k npo' passes options to pytest;"
+	@echo "                JOBS=1 one at a time)"
 	@echo "make test-newest objectives, models and trainers with the newest transformers, without vLLM"
 	@echo "make test-slow  the tests that take longer or need the real model"
 	@echo "make lint       format, lint, types, import layers"
@@ -31,15 +33,18 @@ test-newest:
 # What does not depend on the host's version is run once, by `make test`.
 ONCE := processes or better or sharing_prefixes or disappear or objective_is_one_flag
 
+# Files side by side, one thread each: engines and models that a file's tests share are made once.
+RUN := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 # With a CUDA device the GPU tests run too. -m here overrides the default in pyproject.toml.
 pytest: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow$$($(NO_GPU))" $(ARGS)
+	$(RUN) -m "not slow$$($(NO_GPU))" $(ARGS)
 
 test-slow:
 	$(MAKE) vllm pytest-slow VENV=.venv-vllm CONSTRAINT='transformers<5.18'
 
 pytest-slow: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow$$($(NO_GPU))" $(ARGS)
+	$(RUN) -m "slow$$($(NO_GPU))" $(ARGS)
 
 lint: env
 	$(BIN)/ruff format --check .

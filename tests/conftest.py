@@ -27,6 +27,24 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # two busy test processes on two cores are ten times slower with torch's default
 
 
+LONGEST = (
+    *("recipes/test_recipes.py", "trainers/test_two_processes.py", "trainers/test_preference_processes.py"),
+    *(
+        "rollouts/test_processes.py",
+        "recipes/test_step_rl.py",
+        "trainers/test_unlearning.py",
+        "rollouts/test_server.py",
+    ),
+    *("verifiers/test_attacks.py", "trainers/test_advantage.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that of two workers none is left alone with one of them."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)

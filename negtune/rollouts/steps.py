@@ -254,12 +254,12 @@ def _explore(found: Sequence[Solution], rollouts: StateRollouts, search: Search)
 
 
 def _all(solution: Solution, search: Search) -> Steps:
-    if len(solution.steps) and (not search.live_only or (yield from _live(search))):
+    if len(solution.steps) and (not search.live_only or (yield from _live(solution, search))):
         yield dict.fromkeys(range(len(solution.steps)), search.num_rollouts)
 
 
 def _adaptive(solution: Solution, search: Search) -> Steps:
-    if search.live_only and not (yield from _live(search)):
+    if search.live_only and not (yield from _live(solution, search)):
         return
     n = min(max(search.batch, search.best_of), search.num_rollouts)
     wanted = {i: search.num_rollouts if i == 0 else n for i in range(len(solution.steps))}
@@ -274,7 +274,7 @@ def _adaptive(solution: Solution, search: Search) -> Steps:
 
 
 def _scan(solution: Solution, search: Search) -> Steps:
-    if solution.outcome is not False or not (yield from _worth_it(solution, search)):
+    if solution.outcome is not False or not (yield from _live(solution, search, search.threshold)):
         return
     for i in range(1, len(solution.steps)):
         if (yield from _alive(i, search)) is False:
@@ -282,7 +282,7 @@ def _scan(solution: Solution, search: Search) -> Steps:
 
 
 def _binary(solution: Solution, search: Search) -> Steps:
-    if solution.outcome is not False or not (yield from _worth_it(solution, search)):
+    if solution.outcome is not False or not (yield from _live(solution, search, search.threshold)):
         return
     unknown: set[int] = set()
     low, high = 0, len(solution.steps)
@@ -297,18 +297,12 @@ def _binary(solution: Solution, search: Search) -> Steps:
             high = middle
 
 
-def _live(search: Search) -> Generator[dict[int, int], dict[int, Tally], bool]:
-    """Whether the bare prompt is solved now and then: its values, and those behind it, can tell steps apart."""
-    start = (yield {0: search.num_rollouts})[0]
-    return start.correct > 0 and start.wrong > 0
-
-
-def _worth_it(solution: Solution, search: Search) -> Generator[dict[int, int], dict[int, Tally], bool]:
-    """Whether the bare prompt is alive and not always solved."""
+def _live(solution: Solution, search: Search, above: float = 0.0) -> Generator[dict[int, int], dict[int, Tally], bool]:
+    """Whether the bare prompt is solved now and then, in a share of more than `above`: only then steps differ."""
     if not len(solution.steps):
         return False
     start = (yield {0: search.num_rollouts})[0]
-    return start.wrong > 0 and start.value is not None and start.value > search.threshold
+    return start.wrong > 0 and start.correct > above * start.scored
 
 
 def _alive(i: int, search: Search) -> Generator[dict[int, int], dict[int, Tally], bool | None]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from negtune._trl_compat import sync_weights_on_cpu
-from negtune.credit import step_advantages
 from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
 from negtune.models.structure import eval_mode, unwrapped
 from negtune.ops import weigh_signs
@@ -30,7 +29,13 @@ from negtune.rollouts.collect import RECENT
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.trainers.progress import MetricSums
-from negtune.trainers.rounds import RESERVED_BY_STEPS, StepCredit, checked_step_scores, refuse_reserved
+from negtune.trainers.rounds import (
+    RESERVED_BY_STEPS,
+    StepCredit,
+    advantages_of_steps,
+    checked_step_scores,
+    refuse_reserved,
+)
 from negtune.verifiers.verdict import Verdict, stop_if_unscored
 
 
@@ -219,7 +224,7 @@ class StepGRPOTrainer(GRPOTrainer):
             found = function(prompts, completions, [steps.texts for steps in cut], **columns)
             scores = checked_step_scores(found, cut, self.args.step_scores)
             totals = [
-                _added(total, _as_advantages(of_steps, len(steps), self.args.step_scores))
+                _added(total, advantages_of_steps(of_steps, len(steps), self.args.step_scores))
                 for total, of_steps, steps in zip(totals, scores, cut, strict=True)
             ]
         return totals
@@ -313,13 +318,6 @@ def _in_loss(inputs: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
     """The tokens that TRL's loss counts: of whole completions, and not what a tool wrote."""
     mask = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
-
-
-def _as_advantages(scores: Sequence[float | None], steps: int, kind: str) -> list[float | None]:
-    """One advantage per step."""
-    if kind == "values":
-        return step_advantages(scores if len(scores) > steps else [None, *scores])
-    return list(scores)
 
 
 def _added(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:

@@ -365,6 +365,13 @@ def checked_step_scores(found: Any, cut: Sequence[TokenSteps], kind: str) -> lis
     return [[None if score is None else float(score) for score in scores] for scores in found]
 
 
+def advantages_of_steps(scores: Sequence[float | None], steps: int, kind: str) -> Sequence[float | None]:
+    """Step scores as advantages: `rewards` as they are, of `values` (behind each step) the differences."""
+    if kind != "values":
+        return scores
+    return step_advantages(scores if len(scores) > steps else [None, *scores])  # that of the bare prompt may come first
+
+
 def _is_list(thing: Any) -> bool:
     return hasattr(thing, "__len__") and hasattr(thing, "__getitem__") and not isinstance(thing, str | Mapping)
 
@@ -424,9 +431,7 @@ def _combine(record: Mapping[str, Any], outcome: float | None, s: RoundSettings)
     scores = record["step_scores"]
     if scores is None:
         return [s.outcome_weight * outcome] * len(record["step_ends"])
-    if s.step_scores == "values":  # of the state behind each step; that of the bare prompt may come first
-        states = scores if len(scores) > len(record["step_ends"]) else [None, *scores]
-        scores = step_advantages(states)
+    scores = advantages_of_steps(scores, len(record["step_ends"]), s.step_scores)
     return [None if a is None else s.outcome_weight * outcome + s.step_weight * a for a in scores]
 
 

@@ -136,12 +136,12 @@ def clipped(
         lengths = segment_sums(policy.mask.to(log_ratio), segments).clamp(min=1)
         mean = segment_sums(log_ratio.detach(), segments) / lengths
         log_ratio = mean + policy.logps - policy.logps.detach()
-    ratio = log_ratio.exp()
+    ratio = log_ratio.masked_fill(~credit.known, 0.0).exp()  # infinite beside a 0, its gradient would be NaN
     inside = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)
     advantages = credit.advantages.masked_fill(~credit.known, 0.0)
-    return -torch.minimum(ratio * advantages, inside * advantages).masked_fill(~credit.known, 0.0)
+    return -torch.minimum(ratio * advantages, inside * advantages)
 
 
 def positive_nll(policy: SequenceLogps, credit: TokenCredit) -> Float[Tensor, "B T"]:

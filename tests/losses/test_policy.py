@@ -130,6 +130,18 @@ def test_clipped_by_hand():
     assert_close(found, torch.tensor([[0, 0.5, 0, 0, 0], [0, 0.25 * math.exp(-0.5), 0.25, 0, 0]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_token_that_is_not_judged_pushes_nothing_however_far_it_has_moved(level):
+    logps = torch.full((1, 3), -1.0, requires_grad=True)
+    behaviour = torch.tensor([[-1.0, -200.0, -1.0]])
+    known, mask = torch.tensor([[True, False, True]]), torch.ones(1, 3, dtype=torch.bool)
+    given = TokenCredit(torch.tensor([[1.0, torch.nan, -1.0]]), known, behaviour)
+    values = clipped(SequenceLogps(logps, mask), given, level=level)
+    [gradient] = torch.autograd.grad(values.sum(), logps)
+    assert values[0, 1] == gradient[0, 1] == 0
+    assert gradient.isfinite().all()
+
+
 def test_delta_bounds_the_push_on_a_negative_that_became_likely():
     risen = BEHAVIOUR + 3.0
     free, bounded = weights(clipped, policy(risen)), weights(clipped, policy(risen), delta=4.0)

@@ -21,7 +21,7 @@ from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.guards import GuardStop, PenaltyWarning
-from negtune.trainers.rounds import NoSignalError
+from negtune.trainers.rounds import NoSignalError, advantages_of_steps
 from negtune.verifiers.verdict import TooManyUnscored
 from tests.conftest import chain_text
 
@@ -383,6 +383,12 @@ def test_step_credit_reaches_the_tokens_of_its_step(online):
             if advantage is not None and text in ("ok", "no"):
                 seen.add((text, advantage))
     assert seen == {("ok", 1.0), ("no", -1.0)}
+
+
+def test_values_without_that_of_the_bare_prompt_leave_the_first_step_unjudged():
+    assert advantages_of_steps([0.5, 1.0], 2, "values") == [None, 0.5]
+    assert advantages_of_steps([0.25, 0.5, 1.0], 2, "values") == [0.25, 0.5]
+    assert advantages_of_steps([0.5, None, 1.0], 3, "rewards") == [0.5, None, 1.0]
 
 
 def test_step_values_become_differences(online):

@@ -102,6 +102,11 @@ class SequenceLogps:
         return self.sums - self.ref_sums
 
     @property
+    def mean_log_ratio(self) -> Float[Tensor, " B"]:
+        """`log_ratio` / |y|. Raises `MissingReferenceError` without a reference."""
+        return self.log_ratio / self.lengths.clamp(min=1)
+
+    @property
     def on_step(self) -> SequenceLogps:
         """The same with nothing but the step that the row is about. Raises `MissingStepsError` if it has none."""
         if self.step is None:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from negtune.losses.preference import step_kto
-from negtune.ops import SequenceLogps, TokenCredit, needs, segment_sums, weigh_signs
+from negtune.ops import MissingReferenceError, SequenceLogps, TokenCredit, needs, segment_sums, weigh_signs
 
 
 def reinforce(policy: SequenceLogps, credit: TokenCredit) -> Float[Tensor, "B T"]:
@@ -43,6 +43,45 @@ def awr(policy: SequenceLogps, credit: TokenCredit, *, beta: float = 1.0, cap: f
     https://arxiv.org/abs/1910.00177, equation 5 and section 5 (the cap)
     """
     return _weighted((credit.advantages.double() / beta).exp().clamp(max=cap).to(policy.logps), policy, credit)
+
+
+def rwr(policy: SequenceLogps, credit: TokenCredit, *, tau: float = 1.0, cap: float = 10.0) -> Float[Tensor, "B T"]:
+    """Reward-weighted regression: -min(exp(A/tau), cap) log p_t, A the reward minus the mean of its batch.
+
+    Weight exp(A/tau), at most `cap`, never negative. The baseline is what makes `tau` and `cap` mean the same whatever
+    the rewards' origin (exp(r/tau) overflows, and is cut, by a shift of the rewards); between prompts it is not taken
+    out, so a prompt with better answers weighs more. tau -> infinity: fine-tuning on all samples; tau -> 0: on those
+    above the mean alone, all with weight `cap`.
+
+    https://doi.org/10.1145/1273496.1273590 (Peters and Schaal, 2007); `cap` as in the code of 2404.14367
+    """
+    return awr(policy, credit, beta=tau, cap=cap)
+
+
+@needs(reference=True, behaviour=True)
+def pmpo(
+    policy: SequenceLogps, credit: TokenCredit, *, alpha: float = 0.5, beta: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """PMPO: -alpha log p_t on positives, +(1 - alpha) log p_t on negatives, and beta KL(pi_ref || pi) on both.
+
+    Only the sign of an advantage is read. Weight on a negative token -(1 - alpha), on every token + beta besides while
+    the policy is still the reference: with alpha = 0 (negatives only) it is stable for beta > 1, in general for
+    beta > 1 - alpha: bad answers are then carved out of the reference, not pushed for ever.
+
+    The divergence is estimated on each drawn token without bias, and never below 0, as
+    (pi_ref/mu) log(pi_ref/pi) - pi_ref/mu + pi/mu, mu being what drew it. Expectations run over all tokens, so that
+    the shares of positives and negatives weigh as well; the paper's run over each side alone.
+
+    https://arxiv.org/abs/2410.04166, equation 10
+    """
+    if policy.ref_logps is None:
+        raise MissingReferenceError("pmpo needs reference log-probabilities; pass reference= to the trainer")
+    signs = torch.where(credit.advantages > 0, alpha, torch.where(credit.advantages < 0, alpha - 1.0, 0.0))
+    known = credit.known
+    log_ratio = credit.log_ratio(policy).masked_fill(~known, 0.0)
+    ref_log_ratio = (policy.ref_logps - policy.logps.detach() + log_ratio.detach()).masked_fill(~known, 0.0)
+    divergence = ref_log_ratio.exp() * (ref_log_ratio - log_ratio) - ref_log_ratio.exp() + log_ratio.exp()
+    return _weighted(signs.to(policy.logps), policy, credit) + beta * divergence.masked_fill(~known, 0.0)
 
 
 def psr(policy: SequenceLogps, credit: TokenCredit) -> Float[Tensor, "B T"]:
@@ -161,7 +200,9 @@ def _weighted(weights: Tensor, policy: SequenceLogps, credit: TokenCredit) -> Fl
 
 POLICY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "reinforce": reinforce,
+    "rwr": rwr,
     "awr": awr,
+    "pmpo": pmpo,
     "psr": psr,
     "nsr": nsr,
     "w_reinforce": w_reinforce,

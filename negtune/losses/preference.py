@@ -5,6 +5,7 @@ Shapes: B pairs. Notation: r = log pi(y|x) - log pi_ref(y|x), summed over tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,9 +52,194 @@ def ipo_mean(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.
 
     Reduction: mean over pairs of token means. Reference: yes. https://arxiv.org/abs/2310.12036
     """
-    chosen_ratio = chosen.log_ratio / chosen.lengths.clamp(min=1)
-    rejected_ratio = rejected.log_ratio / rejected.lengths.clamp(min=1)
-    return (chosen_ratio - rejected_ratio - 1 / (2 * beta)).square()
+    return (chosen.mean_log_ratio - rejected.mean_log_ratio - 1 / (2 * beta)).square()
+
+
+@needs(reference=True)
+def dpo_mean(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 2.0) -> Float[Tensor, " B"]:
+    """Length-normalised DPO: `dpo` with each r averaged over the tokens of its answer (TRL's `sigmoid_norm`).
+
+    Weight on each token of the rejected answer beta sigma(-beta margin)/|y|: a long one is pushed no harder than a
+    short one. A `beta` for `dpo` means here about that times the length of an answer.
+
+    Reduction: mean over pairs of token means. Reference: yes. https://arxiv.org/abs/2411.15124 (Tulu 3)
+    """
+    return -F.logsigmoid(beta * (chosen.mean_log_ratio - rejected.mean_log_ratio))
+
+
+@needs(reference=True)
+def cdpo(
+    chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1, label_smoothing: float = 0.1
+) -> Float[Tensor, " B"]:
+    """Conservative DPO, a share e = label_smoothing of the pairs being the wrong way round:
+    -(1 - e) log sigma(beta h) - e log sigma(-beta h), h = r_chosen - r_rejected.
+
+    Weight on both answers beta (sigma(-beta h) - e): the rejected one is pushed down until h = log((1 - e)/e)/beta, and
+    raised again beyond. e = 0: `dpo`.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://ericmitchell.ai/cdpo.pdf
+    """
+    h = beta * (chosen.log_ratio - rejected.log_ratio)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+@needs(reference=True)
+def robust_dpo(
+    chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1, label_smoothing: float = 0.1
+) -> Float[Tensor, " B"]:
+    """Robust DPO: (-(1 - e) log sigma(beta h) + e log sigma(-beta h))/(1 - 2 e), h = r_chosen - r_rejected.
+
+    Where a share e = label_smoothing of the labels is flipped at random, its mean over flips is `dpo` on the true
+    labels. Weight on both answers beta ((1 - e) sigma(-beta h) + e sigma(beta h))/(1 - 2 e), never below
+    beta e/(1 - 2 e): the rejected answer is pushed for ever. e = 0: `dpo`.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2403.00409
+    """
+    h = beta * (chosen.log_ratio - rejected.log_ratio)
+    flipped = label_smoothing * F.logsigmoid(-h)
+    return (flipped - (1 - label_smoothing) * F.logsigmoid(h)) / (1 - 2 * label_smoothing)
+
+
+@needs(reference=True)
+def hinge(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """Hinge on the margin: max(0, 1 - beta (r_chosen - r_rejected)), SLiC normalised by the reference.
+
+    Weight beta on both answers until the margin is 1/beta, then none.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2309.06657 (RSO)
+    """
+    return (1 - beta * (chosen.log_ratio - rejected.log_ratio)).relu()
+
+
+def slic(chosen: SequenceLogps, rejected: SequenceLogps, *, delta: float = 1.0) -> Float[Tensor, " B"]:
+    """SLiC-HF's calibration term: max(0, delta - log pi(chosen) + log pi(rejected)), without a reference.
+
+    Weight 1 on both answers until the chosen one is `delta` nats more likely. The paper adds the NLL of a reference
+    answer: `nll_weight` of the trainer.
+
+    Reduction: mean over pairs of sequence sums. Reference: no. https://arxiv.org/abs/2305.10425
+    """
+    return (delta - chosen.sums + rejected.sums).relu()
+
+
+def cpo(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """The preference half of CPO: `dpo` with a uniform reference, -log sigma(beta log(pi(chosen)/pi(rejected))).
+
+    Weight beta sigma(-beta margin) on both answers; a short answer starts ahead. The paper adds the NLL of the chosen
+    answer: `nll_weight` of the trainer.
+
+    Reduction: mean over pairs of sequence sums. Reference: no. https://arxiv.org/abs/2401.08417, equation 3
+    """
+    return -F.logsigmoid(beta * (chosen.sums - rejected.sums))
+
+
+def simpo(
+    chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 2.0, gamma: float = 1.0
+) -> Float[Tensor, " B"]:
+    """SimPO: -log sigma(beta (log pi(chosen)/|chosen| - log pi(rejected)/|rejected|) - gamma), without a reference.
+
+    Weight on each token of the rejected answer beta sigma(gamma - beta margin)/|rejected|: it goes on until the margin
+    is well above gamma/beta nats per token. `gamma` is the paper's (TRL's CPO trainer calls it `simpo_gamma`).
+
+    Reduction: mean over pairs of token means. Reference: no. https://arxiv.org/abs/2405.14734, equation 6
+    """
+    return -F.logsigmoid(beta * (chosen.means - rejected.means) - gamma)
+
+
+def orpo(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """ORPO: -log pi(chosen)/|chosen| - beta log sigma(log odds(chosen)/odds(rejected)), odds(y) = P/(1 - P) with
+    P = exp(log pi(y)/|y|); without a reference. `beta` is the paper's lambda.
+
+    The second term pushes each token of the rejected answer down by beta sigma(-log odds ratio)/(|y| (1 - P)): harder
+    the likelier it is; the first is plain NLL on the chosen one and does most of the work at the default.
+
+    Reduction: mean over pairs of token means. Reference: no. https://arxiv.org/abs/2403.07691, equations 4, 6, 7
+    """
+    log_odds = _log_odds(chosen.means) - _log_odds(rejected.means)
+    return -chosen.means - beta * F.logsigmoid(log_odds)
+
+
+@needs(reference=True)
+def apo_zero(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """APO-zero: 1 - sigma(beta r_chosen) + sigma(beta r_rejected): each answer against the reference, not the other.
+
+    Weight on the rejected answer beta s (1 - s), s = sigma(beta r_rejected): strongest at the reference, fading both
+    ways; the chosen one is raised whatever the rejected one does. For chosen answers better than the model's own.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2408.06266, equation 7
+    """
+    return torch.sigmoid(-beta * chosen.log_ratio) + torch.sigmoid(beta * rejected.log_ratio)
+
+
+@needs(reference=True)
+def apo_down(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """APO-down: sigma(beta r_chosen) + 1 - sigma(beta (r_chosen - r_rejected)): both answers down, the rejected more.
+
+    Weight on the rejected answer beta m (1 - m), m = sigma(beta margin); on the chosen one beta (s (1 - s) - m (1 - m)),
+    s = sigma(beta r_chosen): 0 at the reference, down once the pair is apart. For chosen answers worse than what the
+    model would say.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2408.06266, equation 8
+    """
+    margin = chosen.log_ratio - rejected.log_ratio
+    return torch.sigmoid(beta * chosen.log_ratio) + torch.sigmoid(-beta * margin)
+
+
+@needs(reference=True)
+def dpop(
+    chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1, penalty: float = 50.0
+) -> Float[Tensor, " B"]:
+    """DPO-positive (Smaug): -log sigma(beta (r_chosen - r_rejected - penalty max(0, -r_chosen))).
+
+    As `dpo` while the chosen answer is at least as likely as under the reference; below, it is raised `penalty` + 1
+    times as hard as the rejected one is pushed down, so that it cannot fall along with it. penalty = 0: `dpo`.
+
+    Args:
+        penalty: the paper's lambda.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2402.13228
+    """
+    fallen = (-chosen.log_ratio).relu()
+    return -F.logsigmoid(beta * (chosen.log_ratio - rejected.log_ratio - penalty * fallen))
+
+
+@needs(reference=True)
+def nca(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
+    """Noise-contrastive alignment on a pair: -log sigma(beta r_w) - (log sigma(-beta r_w) + log sigma(-beta r_l))/2.
+
+    Weight on the rejected answer beta sigma(beta r_l)/2: it fades as the answer disappears. The chosen one is raised to
+    r_w = log(2)/beta and held there: absolute, so that it cannot fall with the rejected one.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2402.05369
+    """
+    up, down = beta * chosen.log_ratio, beta * rejected.log_ratio
+    return -F.logsigmoid(up) - (F.logsigmoid(-up) + F.logsigmoid(-down)) / 2
+
+
+@needs(reference=True)
+def exo(
+    chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Float[Tensor, " B"]:
+    """EXO on a pair: KL(q || p), q = softmax(beta (r_chosen, r_rejected)), p = (1 - e, e), e = label_smoothing.
+
+    The reverse of `cdpo`, which is KL(p || q) but for a constant: mode-seeking. It pushes the rejected answer until
+    h = log((1 - e)/e)/beta, 0 far on either side: a pair that is far the wrong way round is given up.
+
+    Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2402.00856, equation 16
+    """
+    h = beta * (chosen.log_ratio - rejected.log_ratio)
+    right = F.logsigmoid(h) - math.log1p(-label_smoothing)
+    wrong = F.logsigmoid(-h) - math.log(label_smoothing)
+    return torch.sigmoid(h) * right + torch.sigmoid(-h) * wrong
+
+
+def chosen_nll(chosen: SequenceLogps, rejected: SequenceLogps) -> Float[Tensor, " B"]:
+    """-log pi(chosen)/|chosen|: fine-tuning on the better answer (Pref-FT), nothing is pushed down. Also the anchor
+    that other objectives take a weight of (RPO, https://arxiv.org/abs/2404.19733).
+
+    Reduction: mean over pairs of token means. Reference: no. https://arxiv.org/abs/2404.14367, section 3 (Pref-FT)
+    """
+    return -chosen.means
 
 
 @needs(reference=True, step=True)
@@ -109,9 +295,29 @@ def step_kto(
     return (values * per_token).masked_fill(~judged, 0.0).sum(-1) / steps
 
 
+def _log_odds(mean_logps: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """log(P/(1 - P)) of P = exp(mean log-probability); a certainty is one short of certain by the dtype's resolution."""
+    below = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    return below - (-below.expm1()).log()
+
+
 PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "apo_down": apo_down,
+    "apo_zero": apo_zero,
+    "cdpo": cdpo,
+    "chosen_nll": chosen_nll,
+    "cpo": cpo,
     "dpo": dpo,
+    "dpo_mean": dpo_mean,
+    "dpop": dpop,
+    "exo": exo,
+    "hinge": hinge,
     "ipo": ipo,
     "ipo_mean": ipo_mean,
+    "nca": nca,
+    "orpo": orpo,
+    "robust_dpo": robust_dpo,
+    "simpo": simpo,
+    "slic": slic,
     "step_dpo": step_dpo,
 }

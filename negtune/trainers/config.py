@@ -96,6 +96,9 @@ def trains_on_cpu() -> bool:
     return told or not torch.accelerator.is_available()
 
 
+_RANGES = {"label_smoothing": (0.0, 0.5), "penalty": (0.0, float("inf")), "alpha": (0.0, 1.0 + 1e-12)}
+
+
 def bind_objective(family: dict[str, Any], name: str, kwargs: dict[str, Any], setting: str) -> Any:
     """The objective called `name` with its hyper-parameters bound.
 
@@ -110,9 +113,14 @@ def bind_objective(family: dict[str, Any], name: str, kwargs: dict[str, Any], se
     for key in kwargs:
         if key not in known:
             raise ValueError(f"{name} has no hyper-parameter {key!r}; it has {', '.join(known) or 'none'}")
-    for key in ("beta", "beta1", "beta2", "steering"):
+    for key in ("beta", "beta1", "beta2", "steering", "tau", "cap"):
         if key in kwargs and not kwargs[key] > 0:
             raise ValueError(f"{key} must be positive, got {kwargs[key]}")
+    for key, (low, high) in _RANGES.items():
+        if key in kwargs and not low <= kwargs[key] < high:
+            raise ValueError(f"{key} must be at least {low:g} and below {high:g}, got {kwargs[key]}")
+    if name == "exo" and kwargs.get("label_smoothing") == 0:
+        raise ValueError("label_smoothing of exo must be above 0: at 0 every pair would have an infinite loss")
     for key in ("layer", "seed"):
         if key in kwargs and type(kwargs[key]) is not int:
             raise ValueError(f"{key} must be a whole number, got {kwargs[key]!r}")

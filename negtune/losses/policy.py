@@ -59,29 +59,28 @@ def rwr(policy: SequenceLogps, credit: TokenCredit, *, tau: float = 1.0, cap: fl
 
 
 @needs(reference=True, behaviour=True)
-def pmpo(
-    policy: SequenceLogps, credit: TokenCredit, *, alpha: float = 0.5, beta: float = 1.0
-) -> Float[Tensor, "B T"]:
+def pmpo(policy: SequenceLogps, credit: TokenCredit, *, alpha: float = 0.5, beta: float = 1.0) -> Float[Tensor, "B T"]:
     """PMPO: -alpha log p_t on positives, +(1 - alpha) log p_t on negatives, and beta KL(pi_ref || pi) on both.
 
-    Only the sign of an advantage is read. Weight on a negative token -(1 - alpha), on every token + beta besides while
-    the policy is still the reference: with alpha = 0 (negatives only) it is stable for beta > 1, in general for
-    beta > 1 - alpha: bad answers are then carved out of the reference, not pushed for ever.
+    Only the sign of an advantage is read. Weight alpha on a positive token, -(1 - alpha) on a negative one, and on each
+    beta (pi_ref - p_t)/mu_t besides: nothing while the policy is the reference, beta pi_ref/mu_t up once the token
+    is gone. On samples of the reference a negative one therefore ends at pi_ref (beta - 1 + alpha)/Z, a positive one at
+    pi_ref (beta + alpha)/Z: bad answers are carved out of the reference, not pushed for ever. That takes
+    beta > 1 - alpha, so beta > 1 for negatives alone (alpha = 0); with less they go to 0.
 
-    The divergence is estimated on each drawn token without bias, and never below 0, as
-    (pi_ref/mu) log(pi_ref/pi) - pi_ref/mu + pi/mu, mu being what drew it. Expectations run over all tokens, so that
-    the shares of positives and negatives weigh as well; the paper's run over each side alone.
+    The divergence is that of the next token at each place that mu, the policy that drew, came to. It is estimated on
+    the drawn token without bias, and never below 0, as (pi_ref/mu) log(pi_ref/pi) - pi_ref/mu + pi/mu. Expectations run
+    over all tokens, so that the shares of positives and negatives weigh as well; the paper's run over each side alone.
 
     https://arxiv.org/abs/2410.04166, equation 10
     """
     if policy.ref_logps is None:
         raise MissingReferenceError("pmpo needs reference log-probabilities; pass reference= to the trainer")
-    signs = torch.where(credit.advantages > 0, alpha, torch.where(credit.advantages < 0, alpha - 1.0, 0.0))
-    known = credit.known
-    log_ratio = credit.log_ratio(policy).masked_fill(~known, 0.0)
-    ref_log_ratio = (policy.ref_logps - policy.logps.detach() + log_ratio.detach()).masked_fill(~known, 0.0)
+    positive, negative = (credit.advantages > 0).to(policy.logps), (credit.advantages < 0).to(policy.logps)
+    log_ratio = credit.log_ratio(policy).masked_fill(~credit.known, 0.0)
+    ref_log_ratio = credit.log_ratio(replace(policy, logps=policy.ref_logps)).masked_fill(~credit.known, 0.0)
     divergence = ref_log_ratio.exp() * (ref_log_ratio - log_ratio) - ref_log_ratio.exp() + log_ratio.exp()
-    return _weighted(signs.to(policy.logps), policy, credit) + beta * divergence.masked_fill(~known, 0.0)
+    return _weighted(alpha * positive - (1 - alpha) * negative, policy, credit) + beta * divergence
 
 
 def psr(policy: SequenceLogps, credit: TokenCredit) -> Float[Tensor, "B T"]:

@@ -15,9 +15,11 @@ from negtune.losses.policy import (
     clipped,
     nsr,
     only,
+    pmpo,
     positive_nll,
     psr,
     reinforce,
+    rwr,
     topr,
     w_reinforce,
 )
@@ -71,6 +73,37 @@ def test_awr_weighs_by_the_exponential_up_to_its_cap():
     assert found[0, 3] == pytest.approx(math.exp(-4))
     assert_close(weights(awr, beta=1e9), KNOWN.double())
     assert (weights(awr, judged=credit(ADVANTAGES * 1e6)) <= 20).all()  # no overflow
+
+
+def test_rwr_by_hand():
+    """exp(A/.5) up to 2: e^1 is cut, e^-4; e^-2, e^.5, e^.5. Times -log p: 1, .5, 2 and .75, 1.5, .1."""
+    found = rwr(policy(), credit(), tau=0.5, cap=2.0)
+    e = math.exp
+    expected = [[2, 1, 0, 2 * e(-4), 0], [0.75 * e(-2), 1.5 * e(0.5), 0.1 * e(0.5), 0, 0]]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    row0, row1 = [2, 2, 0, e(-4), 0], [e(-2), e(0.5), e(0.5), 0, 0]
+    assert_close(weights(rwr, tau=0.5, cap=2.0), torch.tensor([row0, row1], dtype=torch.float64))
+    assert weights(rwr, judged=credit(ADVANTAGES * 1e6)).max() == 10  # the cap, and no overflow
+
+
+def test_rwr_at_a_high_temperature_is_fine_tuning_on_all_samples():
+    """At tau = 1000 times the range of the rewards; advantages are the rewards minus their mean."""
+    rewards = torch.tensor([[3.0], [-1.0], [0.0], [7.0]], dtype=torch.float64).expand(4, 3)
+    known = torch.ones(4, 3, dtype=torch.bool)
+    judged = TokenCredit(rewards - rewards.mean(), known)
+    logits = torch.linspace(-1, 1, 60, dtype=torch.float64).sin().reshape(4, 3, 5).requires_grad_()
+
+    def gradient(objective, **kwargs):
+        values = objective(SequenceLogps(logits.log_softmax(-1)[..., 2], known), judged, **kwargs)
+        return torch.autograd.grad(values.sum(), logits)[0]
+
+    [nll] = torch.autograd.grad(-logits.log_softmax(-1)[..., 2].sum(), logits)
+    assert (gradient(rwr, tau=8e3) - nll).norm() < 1e-3 * nll.norm()
+    assert (gradient(rwr, tau=8.0) - nll).norm() > 1e-1 * nll.norm()
+
+
+def test_rwr_at_a_low_temperature_keeps_what_is_above_the_mean():
+    assert_close(weights(rwr, tau=1e-3), 10 * credit().positive.double())
 
 
 def test_one_signed_objectives_leave_the_other_sign_alone():
@@ -160,6 +193,87 @@ def test_clipped_on_sequences_takes_the_geometric_mean():
     assert_close(loss, torch.tensor(expected, dtype=torch.float64))
 
 
+# --- PMPO -------------------------------------------------------------------------------------------------------------
+
+REFERENCE = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.float64)
+OTHER = torch.tensor([0.3, 0.1, 0.25, 0.05, 0.3], dtype=torch.float64)
+
+
+def pmpo_of_each(logits, behaviour, advantages=(0.0,) * 5, **kwargs):
+    """pmpo of every token of a vocabulary of five, each drawn by `behaviour`."""
+    every = torch.ones(5, 1, dtype=torch.bool)
+    given = SequenceLogps(logits.log_softmax(-1)[:, None], every, REFERENCE.log()[:, None])
+    signs = torch.tensor(advantages, dtype=torch.float64)[:, None]
+    return pmpo(given, TokenCredit(signs, every, behaviour.log()[:, None]), **kwargs)[:, 0]
+
+
+def test_pmpo_by_hand():
+    """Signs +, +, unknown, - and -, +, + with alpha .7; log(pi_ref/mu) = .3 everywhere, log(pi/mu) as above.
+
+    A token costs -sign log p, and e^.3 (.3 - log(pi/mu)) - e^.3 + pi/mu times beta.
+    """
+    loss = pmpo(policy(ref=BEHAVIOUR + 0.3), credit(), alpha=0.7, beta=2.0)
+
+    def divergence(log_ratio):
+        return math.exp(0.3) * (0.3 - log_ratio) - math.exp(0.3) + math.exp(log_ratio)
+
+    row0 = [0.7 + 2 * divergence(0.5), 0.35 + 2 * divergence(0.0), 0, -0.6 + 2 * divergence(-1.0), 0]
+    row1 = [-0.225 + 2 * divergence(-0.5), 1.05 + 2 * divergence(-0.5), 0.07 + 2 * divergence(0.0), 0, 0]
+    assert_close(loss, torch.tensor([row0, row1], dtype=torch.float64))
+
+
+def test_pmpo_weighs_a_token_by_its_sign_and_by_what_it_lost_to_the_reference():
+    signs = (ADVANTAGES > 0).double() - 0.3
+    lost = (BEHAVIOUR + 0.3).exp() - LOGPS.exp()
+    expected = (signs + 2 * lost / BEHAVIOUR.exp()).masked_fill(~KNOWN, 0)
+    assert_close(weights(pmpo, policy(ref=BEHAVIOUR + 0.3), alpha=0.7, beta=2.0), expected)
+
+
+def test_pmpo_where_nothing_has_moved_weighs_by_sign_alone():
+    found = weights(pmpo, policy(BEHAVIOUR, ref=BEHAVIOUR), alpha=0.0, beta=5.0)
+    assert_close(found, -credit().negative.double())
+    assert_close(pmpo(policy(BEHAVIOUR, ref=BEHAVIOUR), credit(), alpha=0.0)[0, :2], torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("behaviour", [None, REFERENCE, OTHER], ids=["policy", "reference", "other"])
+def test_the_divergence_of_pmpo_and_its_gradient_are_right_on_average_whoever_drew(behaviour):
+    """All five tokens enumerated; every single one is at least 0."""
+    logits = torch.tensor([0.5, -0.3, 1.0, 0.1, -2.0], dtype=torch.float64, requires_grad=True)
+    drew = logits.softmax(-1).detach() if behaviour is None else behaviour
+    each = pmpo_of_each(logits, drew, beta=1.0)
+    assert (each >= 0).all()
+    found = drew @ each
+    kl = (REFERENCE * (REFERENCE.log() - logits.log_softmax(-1))).sum()
+    assert_close(found, kl, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (found, kl)]
+    assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_pmpo_carves_negatives_out_of_the_reference():
+    """On samples of the reference its gradient is 0 at pi_ref (beta + sign)/Z, with signs alpha and -(1 - alpha)."""
+    signs = torch.tensor([0.3, -0.7, 0.0, -0.7, 0.3], dtype=torch.float64)
+    for beta in (0.75, 2.0):
+        end = (REFERENCE * (beta + signs)).log().requires_grad_()
+        value = REFERENCE @ pmpo_of_each(end, REFERENCE, (1.0, -1.0, 0.0, -1.0, 1.0), alpha=0.3, beta=beta)
+        assert_close(torch.autograd.grad(value, end)[0], torch.zeros(5).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "comes_back"), [(0.0, 1.01, True), (0.0, 0.99, False), (0.3, 0.71, True), (0.3, 0.69, False)]
+)
+def test_pmpo_brings_a_lost_negative_back_only_if_beta_is_above_one_minus_alpha(alpha, beta, comes_back):
+    logits = torch.tensor([0.0, -30.0, 0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    value = REFERENCE @ pmpo_of_each(logits, REFERENCE, (1.0, -1.0, 0.0, 1.0, 1.0), alpha=alpha, beta=beta)
+    push = -torch.autograd.grad(value, logits)[0][1]
+    assert push.item() == pytest.approx(REFERENCE[1].item() * (beta - 1 + alpha), rel=1e-6)
+    assert (push > 0) == comes_back
+
+
+def test_pmpo_needs_a_reference():
+    with pytest.raises(MissingReferenceError, match="pass reference="):
+        pmpo(policy(), credit())
+
+
 def test_the_anchor_is_the_nll_of_positive_tokens():
     expected = torch.tensor([[1.0, 0.5, 0, 0, 0], [0, 1.5, 0.1, 0, 0]], dtype=torch.float64)
     assert_close(positive_nll(policy(), credit()), expected)
@@ -212,11 +326,11 @@ def test_gradients_in_float64(name):
     )
 
 
-@pytest.mark.parametrize("name", ["topr", "clipped"])
+@pytest.mark.parametrize("name", ["topr", "clipped", "pmpo"])
 def test_ratios_need_the_policy_that_drew(name):
     assert needs_of(POLICY_LOSSES[name]).behaviour
     with pytest.raises(MissingBehaviourError, match="give rows with behaviour_logps"):
-        POLICY_LOSSES[name](policy(), credit(behaviour=None))
+        POLICY_LOSSES[name](policy(ref=BEHAVIOUR), credit(behaviour=None))
 
 
 def test_levels_and_steps_are_checked():

@@ -56,11 +56,11 @@ def ipo_mean(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.
 
 
 @needs(reference=True)
-def dpo_mean(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 2.0) -> Float[Tensor, " B"]:
+def dpo_mean(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 5.0) -> Float[Tensor, " B"]:
     """Length-normalised DPO: `dpo` with each r averaged over the tokens of its answer (TRL's `sigmoid_norm`).
 
-    Weight on each token of the rejected answer beta sigma(-beta margin)/|y|: a long one is pushed no harder than a
-    short one. A `beta` for `dpo` means here about that times the length of an answer.
+    Weight on each token of an answer y beta sigma(-beta margin)/|y|: a long one is pushed no harder in all than a short
+    one. For the push of `dpo` take its `beta` times the length of an answer.
 
     Reduction: mean over pairs of token means. Reference: yes. https://arxiv.org/abs/2411.15124 (Tulu 3)
     """
@@ -75,12 +75,12 @@ def cdpo(
     -(1 - e) log sigma(beta h) - e log sigma(-beta h), h = r_chosen - r_rejected.
 
     Weight on both answers beta (sigma(-beta h) - e): the rejected one is pushed down until h = log((1 - e)/e)/beta, and
-    raised again beyond. e = 0: `dpo`.
+    raised again beyond. e = 0: `dpo`; e -> 1/2: the margin is held at the reference's.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://ericmitchell.ai/cdpo.pdf
     """
-    h = beta * (chosen.log_ratio - rejected.log_ratio)
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    h = chosen.log_ratio - rejected.log_ratio
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 @needs(reference=True)
@@ -90,14 +90,14 @@ def robust_dpo(
     """Robust DPO: (-(1 - e) log sigma(beta h) + e log sigma(-beta h))/(1 - 2 e), h = r_chosen - r_rejected.
 
     Where a share e = label_smoothing of the labels is flipped at random, its mean over flips is `dpo` on the true
-    labels. Weight on both answers beta ((1 - e) sigma(-beta h) + e sigma(beta h))/(1 - 2 e), never below
-    beta e/(1 - 2 e): the rejected answer is pushed for ever. e = 0: `dpo`.
+    labels. Weight on both answers beta ((1 - e) sigma(-beta h) + e sigma(beta h))/(1 - 2 e), which is that of `dpo` and
+    beta e/(1 - 2 e) besides: the rejected answer is pushed for ever. e = 0: `dpo`; e -> 1/2: without bound.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2403.00409
     """
-    h = beta * (chosen.log_ratio - rejected.log_ratio)
-    flipped = label_smoothing * F.logsigmoid(-h)
-    return (flipped - (1 - label_smoothing) * F.logsigmoid(h)) / (1 - 2 * label_smoothing)
+    h = chosen.log_ratio - rejected.log_ratio
+    clean, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 @needs(reference=True)
@@ -125,8 +125,8 @@ def slic(chosen: SequenceLogps, rejected: SequenceLogps, *, delta: float = 1.0) 
 def cpo(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """The preference half of CPO: `dpo` with a uniform reference, -log sigma(beta log(pi(chosen)/pi(rejected))).
 
-    Weight beta sigma(-beta margin) on both answers; a short answer starts ahead. The paper adds the NLL of the chosen
-    answer: `nll_weight` of the trainer.
+    Weight beta sigma(-beta log(pi(chosen)/pi(rejected))) on both answers; a short answer starts ahead. The paper adds
+    the NLL of the chosen answer: `nll_weight` of the trainer.
 
     Reduction: mean over pairs of sequence sums. Reference: no. https://arxiv.org/abs/2401.08417, equation 3
     """
@@ -138,8 +138,9 @@ def simpo(
 ) -> Float[Tensor, " B"]:
     """SimPO: -log sigma(beta (log pi(chosen)/|chosen| - log pi(rejected)/|rejected|) - gamma), without a reference.
 
-    Weight on each token of the rejected answer beta sigma(gamma - beta margin)/|rejected|: it goes on until the margin
-    is well above gamma/beta nats per token. `gamma` is the paper's (TRL's CPO trainer calls it `simpo_gamma`).
+    Weight on each token of an answer y beta sigma(gamma - beta margin)/|y|: more than half of beta/|y| until the margin
+    is gamma/beta nats per token, fading beyond. gamma = 0: `dpo_mean` with a uniform reference. `gamma` is the paper's
+    (TRL's CPO trainer calls it `simpo_gamma`).
 
     Reduction: mean over pairs of token means. Reference: no. https://arxiv.org/abs/2405.14734, equation 6
     """
@@ -150,8 +151,9 @@ def orpo(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -
     """ORPO: -log pi(chosen)/|chosen| - beta log sigma(log odds(chosen)/odds(rejected)), odds(y) = P/(1 - P) with
     P = exp(log pi(y)/|y|); without a reference. `beta` is the paper's lambda.
 
-    The second term pushes each token of the rejected answer down by beta sigma(-log odds ratio)/(|y| (1 - P)): harder
-    the likelier it is; the first is plain NLL on the chosen one and does most of the work at the default.
+    The second term pushes each token of the rejected answer down by beta sigma(-log odds ratio)/(|y| (1 - P)), harder
+    the likelier it is, and one of the chosen answer up by the same formula; the first is plain NLL on the chosen answer
+    and does most of the work at the default.
 
     Reduction: mean over pairs of token means. Reference: no. https://arxiv.org/abs/2403.07691, equations 4, 6, 7
     """
@@ -163,8 +165,8 @@ def orpo(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -
 def apo_zero(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """APO-zero: 1 - sigma(beta r_chosen) + sigma(beta r_rejected): each answer against the reference, not the other.
 
-    Weight on the rejected answer beta s (1 - s), s = sigma(beta r_rejected): strongest at the reference, fading both
-    ways; the chosen one is raised whatever the rejected one does. For chosen answers better than the model's own.
+    Weight on each answer beta s (1 - s), s = sigma(beta r) of its own: strongest at the reference, fading both ways, so
+    that the chosen one is raised whatever the rejected one does. For chosen answers better than the model's own.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2408.06266, equation 7
     """
@@ -175,9 +177,9 @@ def apo_zero(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.
 def apo_down(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """APO-down: sigma(beta r_chosen) + 1 - sigma(beta (r_chosen - r_rejected)): both answers down, the rejected more.
 
-    Weight on the rejected answer beta m (1 - m), m = sigma(beta margin); on the chosen one beta (s (1 - s) - m (1 - m)),
-    s = sigma(beta r_chosen): 0 at the reference, down once the pair is apart. For chosen answers worse than what the
-    model would say.
+    Weight on the rejected answer beta m (1 - m), m = sigma(beta margin); on the chosen one
+    beta (s (1 - s) - m (1 - m)), s = sigma(beta r_chosen): 0 at the reference, down once the margin is the wider of the
+    two. For chosen answers worse than what the model would say.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2408.06266, equation 8
     """
@@ -191,8 +193,9 @@ def dpop(
 ) -> Float[Tensor, " B"]:
     """DPO-positive (Smaug): -log sigma(beta (r_chosen - r_rejected - penalty max(0, -r_chosen))).
 
-    As `dpo` while the chosen answer is at least as likely as under the reference; below, it is raised `penalty` + 1
-    times as hard as the rejected one is pushed down, so that it cannot fall along with it. penalty = 0: `dpo`.
+    Weight on the rejected answer beta sigma(-beta m), m being the bracket; as `dpo` while the chosen one is at least as
+    likely as under the reference. Below, it is raised `penalty` + 1 times as hard as the rejected one is pushed down,
+    so that it cannot fall along with it. penalty = 0: `dpo`.
 
     Args:
         penalty: the paper's lambda.
@@ -207,8 +210,9 @@ def dpop(
 def nca(chosen: SequenceLogps, rejected: SequenceLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """Noise-contrastive alignment on a pair: -log sigma(beta r_w) - (log sigma(-beta r_w) + log sigma(-beta r_l))/2.
 
-    Weight on the rejected answer beta sigma(beta r_l)/2: it fades as the answer disappears. The chosen one is raised to
-    r_w = log(2)/beta and held there: absolute, so that it cannot fall with the rejected one.
+    Weight on the rejected answer beta sigma(beta r_l)/2: it fades as the answer disappears. The chosen one is raised by
+    beta (sigma(-beta r_w) - sigma(beta r_w)/2) to r_w = log(2)/beta and held there: absolute, so that it cannot fall
+    with the rejected one.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2402.05369
     """
@@ -222,15 +226,17 @@ def exo(
 ) -> Float[Tensor, " B"]:
     """EXO on a pair: KL(q || p), q = softmax(beta (r_chosen, r_rejected)), p = (1 - e, e), e = label_smoothing.
 
-    The reverse of `cdpo`, which is KL(p || q) but for a constant: mode-seeking. It pushes the rejected answer until
-    h = log((1 - e)/e)/beta, 0 far on either side: a pair that is far the wrong way round is given up.
+    The reverse of `cdpo`, which is KL(p || q) but for a constant: mode-seeking. With h = r_chosen - r_rejected the
+    weight on both answers is beta s (1 - s) (log((1 - e)/e) - beta h), s = sigma(beta h): the rejected one is pushed
+    down until h = log((1 - e)/e)/beta and raised again beyond, hardly so far away on either side: a pair that is far
+    the wrong way round is given up. e -> 0: ever harder, without end.
 
     Reduction: mean over pairs of sequence sums. Reference: yes. https://arxiv.org/abs/2402.00856, equation 16
     """
-    h = beta * (chosen.log_ratio - rejected.log_ratio)
-    right = F.logsigmoid(h) - math.log1p(-label_smoothing)
-    wrong = F.logsigmoid(-h) - math.log(label_smoothing)
-    return torch.sigmoid(h) * right + torch.sigmoid(-h) * wrong
+    h = chosen.log_ratio - rejected.log_ratio
+    right = F.logsigmoid(beta * h) - math.log1p(-label_smoothing)
+    wrong = F.logsigmoid(-beta * h) - math.log(label_smoothing)
+    return torch.sigmoid(beta * h) * right + torch.sigmoid(-beta * h) * wrong
 
 
 def chosen_nll(chosen: SequenceLogps, rejected: SequenceLogps) -> Float[Tensor, " B"]:
@@ -296,7 +302,7 @@ def step_kto(
 
 
 def _log_odds(mean_logps: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log(P/(1 - P)) of P = exp(mean log-probability); a certainty is one short of certain by the dtype's resolution."""
+    """log(P/(1 - P)) of P = exp(mean log-probability), finite and without gradient where P is 1 to the last bit."""
     below = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
     return below - (-below.expm1()).log()
 

@@ -88,19 +88,27 @@ def test_ipo_stops_at_its_margin_where_dpo_goes_on(prefer, pairs):
     assert final["dpo"] > 2 * final["ipo"]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("ipo_mean", "ipo")])
-def test_loss_and_update_are_those_of_trl(prefer, pairs, knowing_folder, tmp_path, ours, theirs):
-    """One step of SGD on the same batch, by both trainers."""
+@pytest.mark.parametrize(
+    ("ours", "theirs", "smoothing"),
+    [
+        *[("dpo", "sigmoid", {}), ("dpo_mean", "sigmoid_norm", {}), ("ipo_mean", "ipo", {}), ("hinge", "hinge", {})],
+        *[("apo_zero", "apo_zero", {}), ("apo_down", "apo_down", {}), ("nca", "nca_pair", {})],
+        *[("robust_dpo", "robust", {"label_smoothing": 0.2}), ("exo", "exo_pair", {"label_smoothing": 0.2})],
+    ],
+)
+def test_loss_and_update_are_those_of_trl(prefer, pairs, knowing_folder, tmp_path, ours, theirs, smoothing):
+    """Two steps of SGD on the same batches, by both trainers; the second starts away from the reference."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     shared = {"beta": 0.3, "per_device_train_batch_size": 8, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
-    mine = prefer(load(knowing_folder), loss_type=ours, **shared)
+    mine = prefer(load(knowing_folder), loss_type=ours, loss_kwargs=smoothing, **shared)
     peer = DPOTrainer(
         model=load(knowing_folder),
         args=DPOConfig(
             output_dir=str(tmp_path / "trl"),
             loss_type=theirs,
+            **smoothing,
             **{**shared, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "bf16": False},
             **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False},
         ),

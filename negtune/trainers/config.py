@@ -96,7 +96,11 @@ def trains_on_cpu() -> bool:
     return told or not torch.accelerator.is_available()
 
 
-_RANGES = {"label_smoothing": (0.0, 0.5), "penalty": (0.0, float("inf")), "alpha": (0.0, 1.0 + 1e-12)}
+RANGES = {
+    "alpha": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "label_smoothing": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
+    "penalty": ("at least 0 and finite", lambda value: 0 <= value < float("inf")),
+}
 
 
 def bind_objective(family: dict[str, Any], name: str, kwargs: dict[str, Any], setting: str) -> Any:
@@ -116,9 +120,9 @@ def bind_objective(family: dict[str, Any], name: str, kwargs: dict[str, Any], se
     for key in ("beta", "beta1", "beta2", "steering", "tau", "cap"):
         if key in kwargs and not kwargs[key] > 0:
             raise ValueError(f"{key} must be positive, got {kwargs[key]}")
-    for key, (low, high) in _RANGES.items():
-        if key in kwargs and not low <= kwargs[key] < high:
-            raise ValueError(f"{key} must be at least {low:g} and below {high:g}, got {kwargs[key]}")
+    for key, (rule, holds) in RANGES.items():
+        if key in kwargs and not holds(kwargs[key]):
+            raise ValueError(f"{key} must be {rule}, got {kwargs[key]}")
     if name == "exo" and kwargs.get("label_smoothing") == 0:
         raise ValueError("label_smoothing of exo must be above 0: at 0 every pair would have an infinite loss")
     for key in ("layer", "seed"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -10,8 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from negtune import PreferenceConfig, PreferenceTrainer
 from negtune.data.completions import RowError
+from negtune.losses.policy import POLICY_LOSSES
+from negtune.losses.preference import PREFERENCE_LOSSES
 from negtune.models.load import load_tokenizer
 from negtune.models.reference import AdapterReference, CachedReference, FrozenCopy
+from negtune.trainers.config import bind_objective
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 
@@ -210,12 +216,38 @@ def test_a_broken_row_is_named(prefer, pairs, change, words):
 
 
 def test_settings_that_cannot_work_are_refused_at_construction(prefer):
-    with pytest.raises(ValueError, match="unknown loss_type 'dpoo'; choose one of dpo, ipo, ipo_mean"):
+    with pytest.raises(ValueError, match="unknown loss_type 'dpoo'; choose one of apo_down, .* dpo, .* step_dpo"):
         PreferenceConfig(loss_type="dpoo")
     with pytest.raises(ValueError, match="beta must be positive, got 0"):
         PreferenceConfig(beta=0.0)
     with pytest.raises(ValueError, match="objective must take chosen and rejected"):
         prefer(train=False, trainer_kwargs={"objective": lambda forget: forget.sums})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("slic", {"beta": 0.1}, "slic has no hyper-parameter 'beta'; it has delta"),
+        ("chosen_nll", {"beta": 0.1}, "chosen_nll has no hyper-parameter 'beta'; it has none"),
+        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        ("robust_dpo", {"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
+        ("exo", {"label_smoothing": 0}, "label_smoothing of exo must be above 0"),
+        ("dpop", {"penalty": -1.0}, "penalty must be at least 0 and finite, got -1.0"),
+        ("pmpo", {"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
+        ("pmpo", {"alpha": math.nan}, "alpha must be between 0 and 1, got nan"),
+        ("rwr", {"tau": 0.0}, "tau must be positive, got 0.0"),
+    ],
+)
+def test_a_hyper_parameter_that_cannot_be_is_refused(name, kwargs, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        bind_objective({**PREFERENCE_LOSSES, **POLICY_LOSSES}, name, kwargs, "loss_type")
+
+
+def test_the_ends_of_a_range_that_mean_something_are_allowed():
+    for name, kwargs in (("cdpo", {"label_smoothing": 0.0}), ("dpop", {"penalty": 0.0})):
+        assert bind_objective(PREFERENCE_LOSSES, name, kwargs, "loss_type").keywords == kwargs
+    for alpha in (0.0, 1.0):
+        assert bind_objective(POLICY_LOSSES, "pmpo", {"alpha": alpha}, "loss_type").keywords == {"alpha": alpha}
 
 
 def batches_of(trainer, epoch: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from itertools import pairwise
 from math import comb
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -311,6 +312,26 @@ def moving_average(
         return previous
     mean = rewards[scored].double().mean().item()
     return mean if previous is None else decay * previous + (1 - decay) * mean
+
+
+def best_of_group(
+    rewards: Float[Tensor, "G N"], scored: Bool[Tensor, "G N"], *, least: float | None = None
+) -> Bool[Tensor, "G N"]:
+    """Which completion of each group has the highest reward, the first of several; none in a group that says nothing.
+
+    A group says nothing where fewer than two are scored, where all scored ones are alike, or where the best one has
+    less than `least`. With N = 1 there is nothing to choose between and every scored completion is the best.
+    """
+    infinite = float("inf")
+    known = rewards.masked_fill(~scored, -infinite)
+    top = known.amax(-1, keepdim=True)
+    first = (known == top).to(torch.int8).argmax(-1, keepdim=True)
+    says = scored.any(-1, keepdim=True)
+    if rewards.shape[-1] > 1:
+        says = (scored.sum(-1, keepdim=True) > 1) & ~_alike(rewards, scored, (-1,))
+    if least is not None:
+        says = says & (top >= least)
+    return torch.zeros_like(scored).scatter(-1, first, says)
 
 
 def has_signal(advantages: Float[Tensor, "G N"], scored: Bool[Tensor, "G N"]) -> Bool[Tensor, " G"]:

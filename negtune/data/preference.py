@@ -80,16 +80,35 @@ def collate_pairs(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict
     """One batch of `2 B` rows: the chosen answers, then the rejected ones, for a single forward pass.
 
     Returns:
-        `collate`'s tensors; `rows` `[B]` (row numbers in the data set); `step_mask` `[2 B, T]`, True on the step that
-        each answer is about, if every row says which it is.
+        `collate`'s tensors; `rows` `[B]` (row numbers in the data set, -1 for fresh samples); `counted` `[B]`, False
+        for fillers; `step_mask` `[2 B, T]`, True on the step that each answer is about, if every row says which it is;
+        `behaviour_logps` `[2 B, T]`, 0 behind the end, if any row has them, NaN in rows that have none; `ref_logps`
+        `[2 B, T]` likewise, if every row has them.
     """
     batch = collate([answer(item, side) for side in PAIR for item in items], pad_token_id)
+    batch["counted"] = torch.tensor([not item.get("filler", False) for item in items])
+    shape = 2 * len(items), int(batch["completion_lengths"].max())
+    for name, column in (("behaviour_logps", "behaviour"), ("ref_logps", "ref")):
+        given = [item.get(f"{side}_{column}") for side in PAIR for item in items]
+        if any(logps is not None for logps in given) and (name == "behaviour_logps" or None not in given):
+            batch[name] = _padded(given, shape)
     spans = [item.get(f"{side}_step") for side in PAIR for item in items]
     if all(span is not None for span in spans):
         places = torch.arange(int(batch["completion_lengths"].max()))
         bounds = torch.tensor(spans)
         batch["step_mask"] = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
     return {**batch, "rows": torch.tensor([item.get("row", -1) for item in items])}
+
+
+def _padded(rows: Sequence[Sequence[float] | None], shape: tuple[int, int]) -> Tensor:
+    """`[2 B, T]`, 0 behind the end of a row, NaN where there is none."""
+    out = torch.zeros(shape)
+    for i, values in enumerate(rows):
+        if values is None:
+            out[i] = torch.nan
+        else:
+            out[i, : len(values)] = torch.tensor(values)
+    return out
 
 
 def answer(row: Mapping[str, Any], side: str) -> dict[str, Any]:

@@ -187,6 +187,18 @@ def positive_nll(policy: SequenceLogps, credit: TokenCredit) -> Float[Tensor, "B
     return (-policy.logps).masked_fill(~credit.positive, 0.0)
 
 
+def kl_to_reference(policy: SequenceLogps) -> Float[Tensor, "B T"]:
+    """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi, never negative, 0 behind
+    the mask. Unbiased on tokens that pi drew; elsewhere a penalty on moving either way.
+
+    http://joschu.net/blog/kl-approx.html
+    """
+    if policy.ref_logps is None:
+        raise MissingReferenceError("a KL term needs reference log-probabilities; pass reference= to the trainer")
+    difference = (policy.ref_logps - policy.logps).masked_fill(~policy.mask, 0.0)
+    return difference.expm1() - difference
+
+
 def only(credit: TokenCredit, sign: int) -> TokenCredit:
     """`credit` with the tokens of one sign alone known: +1 or -1."""
     return replace(credit, known=credit.positive if sign > 0 else credit.negative)

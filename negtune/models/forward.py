@@ -151,6 +151,27 @@ def completion_logps(
 
 
 @torch.no_grad()
+def completion_logps_and_hidden(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B H"]]:
+    """Log-probabilities, 0 behind the mask, and the sum over each completion of the last hidden states that predict its
+    tokens; float32 or wider, from one forward pass."""
+    tokens = scored_tokens(batch)
+
+    def score(hidden: Tensor, head: LogitsHead, layers: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        values = tiled_token_values(token_logps, hidden, tokens.targets, head)
+        rows = torch.arange(len(tokens.mask), device=hidden.device)[:, None].expand_as(tokens.mask)[tokens.mask]
+        sums = at_least_float32(hidden.new_zeros(len(tokens.mask), hidden.shape[-1]))
+        return {
+            "logps": scatter_tokens(values, tokens.mask),
+            "sums": sums.index_add(0, rows, at_least_float32(hidden)),
+        }
+
+    found = run(model, batch, tokens, score)
+    return found["logps"], found["sums"]
+
+
+@torch.no_grad()
 def completion_statistics(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:

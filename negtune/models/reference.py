@@ -250,7 +250,7 @@ def freeze_current_adapter(model: nn.Module) -> AdapterReference:
         peft_model.set_adapter(policy)
     original_save = peft_model.save_pretrained
 
-    def save_without_reference(save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    def save_without_reference(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("selected_adapters", [policy])
         return original_save(save_directory, *args, **kwargs)
 

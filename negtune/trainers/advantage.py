@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +19,25 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from negtune._trl_compat import BaseTrainer
 from negtune.data.advantages import CREDIT, collate_advantages, tokenize_advantages
 from negtune.data.completions import padding_id
-from negtune.losses.policy import only, positive_nll
+from negtune.losses.policy import kl_to_reference, only, positive_nll
 from negtune.models.forward import completion_logps, scored_tokens
 from negtune.models.reference import Reference
 from negtune.models.sharing import take_counts
 from negtune.models.structure import causal_lm, eval_mode, unwrapped
 from negtune.ops import Needs, SequenceLogps, TokenCredit, masked_sum, needs_of, weigh_signs
-from negtune.records import read_json, write_json
 from negtune.rollouts.ratios import use_ratios
 from negtune.rollouts.sampler import Sampler
 from negtune.trainers.advantage_config import AdvantageConfig as AdvantageConfig
-from negtune.trainers.guards import Guards
-from negtune.trainers.on_policy import ROUND_FILE, OnPolicy, RoundBatches, prepare_for_prompts, scorer_of
+from negtune.trainers.guards import Guards, falling_positives, lost_entropy
+from negtune.trainers.on_policy import (
+    OnPolicy,
+    RoundBatches,
+    checkpoint_of,
+    prepare_for_prompts,
+    read_state,
+    scorer_of,
+    write_state,
+)
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
@@ -148,10 +154,8 @@ class AdvantageTrainer(BaseTrainer):
         model = set_up_policy(model, args, peft_config)
         self._sums, self._eval_rows = MetricSums(), {}
         self.guards = Guards(
-            positive=args.positive_guard,
-            max_drop=args.max_positive_drop,
-            entropy=args.entropy_guard,
-            min_entropy=args.min_entropy,
+            falling_positives(args.positive_guard, args.max_positive_drop),
+            lost_entropy(args.entropy_guard, args.min_entropy),
         )
         super().__init__(
             model=model,
@@ -190,39 +194,26 @@ class AdvantageTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. A run with a sampler goes on in the middle of the round that its checkpoint is in."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"there is no checkpoint in {self.args.output_dir}; leave resume_from_checkpoint out")
-        self._restore(Path(resume_from_checkpoint) / ROUND_FILE if resume_from_checkpoint else None)
+        checkpoint = checkpoint_of(self.args.output_dir, resume_from_checkpoint)
+        self._restore(checkpoint)
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             if self.on_policy is not None:
                 self.on_policy.close()
 
-    def _restore(self, path: Path | None) -> None:
+    def _restore(self, checkpoint: str | None) -> None:
         """Guards, and the round that a checkpoint is in the middle of."""
-        if path is not None and not path.exists():
-            raise ValueError(f"{path} is missing: the checkpoint is not of this trainer; resume from another one")
-        saved = None if path is None else read_json(path)
+        saved = read_state(checkpoint, on_policy=self.on_policy is not None)
         if saved is not None:
             self.guards.restore(saved["guards"])
         self._first_positive = None if saved is None else saved["first_positive"]
         if self.on_policy is not None:
-            if saved is not None and saved["round"] is None:
-                raise ValueError(f"{path} is of a run without a sampler; resume it without one")
             self.on_policy.begin(None if saved is None else saved["round"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What the host does not know goes in first: a checkpoint is whole once the host has finished it."""
-        if self.is_world_process_zero():
-            step = self.state.global_step
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            made = None if self.on_policy is None else self.on_policy.saved(step)
-            guards = self.guards.state()
-            write_json(folder / ROUND_FILE, {"guards": guards, "first_positive": self._first_positive, "round": made})
+        more = {"guards": self.guards.state(), "first_positive": self._first_positive}
+        write_state(self, trial, self.on_policy, more)
         super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> Any:
@@ -285,7 +276,7 @@ class AdvantageTrainer(BaseTrainer):
         if anchor:
             extra = extra + anchor * positive_nll(policy, credit)
         if args.kl_weight:
-            extra = extra + args.kl_weight * _kl_to_reference(policy).masked_fill(~credit.known, 0.0)
+            extra = extra + args.kl_weight * kl_to_reference(policy).masked_fill(~credit.known, 0.0)
         if not anchor and not args.kl_weight:
             return values
         if values.dim() == 2:
@@ -460,13 +451,6 @@ def _reduce(values: Tensor, credit: TokenCredit, step: Mapping[str, Any], reduct
     return of_rows.sum() / rows * step["share"]
 
 
-def _kl_to_reference(policy: SequenceLogps) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi, never negative."""
-    assert policy.ref_logps is not None  # kl_weight asked for a reference at construction
-    difference = (policy.ref_logps - policy.logps).masked_fill(~policy.mask, 0.0)
-    return difference.expm1() - difference
-
-
 def _refuse_scorers(*given: Any) -> None:
     if any(g is not None for g in given):
         raise ValueError(
@@ -483,16 +467,6 @@ def _with_credit(data: Any) -> Any:
             "fresh samples of prompts pass a sampler"
         )
     return data
-
-
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The last one that was written to its end."""
-    found = [
-        path.parent
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-        if (path.parent / ROUND_FILE).exists()
-    ]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
 def check_rows(rows: Any, needs: Needs, args: AdvantageConfig, name: str = "train") -> None:

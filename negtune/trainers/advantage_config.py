@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from negtune.data.steps import SPLITTERS
 from negtune.losses.policy import POLICY_LOSSES
-from negtune.rollouts.sampler import SamplingParams
-from negtune.trainers.config import PolicyConfig, bind_objective
+from negtune.trainers.config import bind_objective
+from negtune.trainers.on_policy_config import REACTIONS, OnPolicyConfig
+from negtune.trainers.round_advantages import AdvantageRows
 from negtune.trainers.rounds import RoundSettings
 
 BASELINES = ("none", "group", "leave_one_out", "batch", "moving_average")
 SCALES = ("none", "group", "batch")
 REDUCTIONS = ("token_mean", "row_mean", "row_sum")
-REACTIONS = ("off", "warn", "anchor", "stop")
-ONE_SIGNED = ("psr", "nsr", "w_reinforce", "step_kto", "awr", "asymre")
+SELECTIONS = ("all", "best")
+ONE_SIGNED = ("psr", "nsr", "w_reinforce", "step_kto", "awr", "rwr", "asymre", "pmpo")
 """Objectives whose weight is not a number times the advantage: a scaled one would not scale the push."""
 
 
 @dataclass
-class AdvantageConfig(PolicyConfig):
-    """`PolicyConfig`, plus the objective, the sign dial, rounds of on-policy samples, and guards.
+class AdvantageConfig(OnPolicyConfig):
+    """`OnPolicyConfig`, plus the objective, the sign dial, what rewards become, and guards.
 
     `per_device_train_batch_size` counts completions. With a sampler one round has
     per_device_train_batch_size x gradient_accumulation_steps x processes x steps_per_round / reuse completions.
@@ -51,36 +51,12 @@ class AdvantageConfig(PolicyConfig):
     kl_weight: float = field(
         default=0.0, metadata={"help": "Add this times the KL divergence from the reference (k3 estimate, per token)."}
     )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Of the draw, and of the log-probabilities that are trained: both are of one distribution."},
-    )
 
-    num_generations: int = field(default=8, metadata={"help": "With a sampler: completions of each prompt."})
-    steps_per_round: int = field(
-        default=1,
-        metadata={
-            "help": "Optimiser steps between two draws: 1 is on-policy, more is semi-online. The engine gets the "
-            "weights at every draw."
-        },
-    )
-    reuse: int = field(default=1, metadata={"help": "Passes over the completions of a round; divides steps_per_round."})
-    max_completion_length: int = field(default=256, metadata={"help": "Tokens of a drawn completion."})
-    top_p: float = field(default=1.0, metadata={"help": "Of the draw. Below 1 no importance ratio is right."})
-    top_k: int = field(
-        default=0, metadata={"help": "Of the draw; 0: all tokens. Above 0 no importance ratio is right."}
-    )
-    min_p: float = field(default=0.0, metadata={"help": "Of the draw. Above 0 no importance ratio is right."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Texts that end a completion."})
-    reward_weights: list[float] | None = field(
+    baseline: str | None = field(
         default=None,
-        metadata={"help": "One per reward function. A completion that any weighted one left out is unscored."},
-    )
-    baseline: str = field(
-        default="leave_one_out",
         metadata={
             "help": "Subtracted from rewards: none, group (mean), leave_one_out (mean of the others in the group), "
-            "batch, moving_average."
+            "batch, moving_average. Default: leave_one_out; batch for rwr."
         },
     )
     baseline_decay: float = field(default=0.9, metadata={"help": "Of the moving average, per round."})
@@ -90,29 +66,19 @@ class AdvantageConfig(PolicyConfig):
             "help": "Divide by the standard deviation of the group or the batch. group cancels a penalty's size."
         },
     )
+    selection: str = field(
+        default="all",
+        metadata={
+            "help": "Completions of a prompt that are trained on: all, or best: the one with the highest reward alone, "
+            "with advantage 1 (best-of-n fine-tuning, RAFT: with loss_type=reinforce it is its NLL). Prompts whose "
+            "rewards are all alike are left out then, as ties."
+        },
+    )
+    min_reward: float | None = field(
+        default=None, metadata={"help": "With selection=best: leave out prompts whose best completion has less."}
+    )
     outcome_weight: float = field(default=1.0, metadata={"help": "Of the completion's advantage on all of its steps."})
     step_weight: float = field(default=1.0, metadata={"help": "Of a step's own advantage (step_credit)."})
-    step_split: str = field(default="lines", metadata={"help": "What a step is: lines or sentences."})
-    step_scores: str = field(
-        default="rewards",
-        metadata={"help": "What step_credit gives: rewards (taken as advantages) or values (differences are taken)."},
-    )
-    dynamic_sampling: bool = field(
-        default=False,
-        metadata={"help": "Replace groups without signal by other prompts, up to max_refills times a round."},
-    )
-    max_refills: int = field(default=4, metadata={"help": "Of a round, under dynamic_sampling."})
-    max_empty_rounds: int = field(
-        default=10, metadata={"help": "Stop after so many rounds in a row without any advantage."}
-    )
-    max_unscored: float = field(
-        default=0.2, metadata={"help": "Stop where the scorer fails on a larger share. Cut completions do not count."}
-    )
-    attest_every: int = field(
-        default=1, metadata={"help": "Rounds between two proofs that the engine has the trained weights; 0: only one."}
-    )
-    eval_num_generations: int = field(default=1, metadata={"help": "Completions of each prompt in an evaluation."})
-    eval_temperature: float = field(default=1.0, metadata={"help": "Of an evaluation; 0: greedy."})
 
     positive_guard: str = field(
         default="warn",
@@ -123,11 +89,7 @@ class AdvantageConfig(PolicyConfig):
     max_positive_drop: float = field(
         default=0.5, metadata={"help": "Nats a token by which positives may fall, see the metric positive/drift."}
     )
-    anchor_weight: float = field(default=0.1, metadata={"help": "nll_weight once positive_guard=anchor has acted."})
-    min_entropy: float = field(
-        default=0.05, metadata={"help": "Nats a token of fresh samples below which entropy_guard acts."}
-    )
-    entropy_guard: str = field(default="warn", metadata={"help": "When samples lose their entropy: warn, stop, off."})
+
     gradient_norms_every: int | None = field(
         default=None,
         metadata={
@@ -136,109 +98,85 @@ class AdvantageConfig(PolicyConfig):
         },
     )
 
-    _VALID_DICT_FIELDS = [*PolicyConfig._VALID_DICT_FIELDS, "loss_kwargs"]
+    _VALID_DICT_FIELDS = [*OnPolicyConfig._VALID_DICT_FIELDS, "loss_kwargs"]
 
     def __post_init__(self) -> None:
+        if self.baseline is None:
+            self.baseline = "batch" if self.loss_type == "rwr" else "leave_one_out"
+            if self.selection == "best":
+                self.baseline = "none"  # which plays no part
         super().__post_init__()
-        self._check_names()
-        self._check_numbers()
+        self._check_choices(
+            {
+                **{"reduction": REDUCTIONS, "baseline": BASELINES, "scale_advantages": SCALES},
+                **{"positive_guard": REACTIONS, "selection": SELECTIONS},
+            }
+        )
+        self._check_counts(not_negative=("nll_weight", "kl_weight", "baseline_decay"))
+        self._check_weights()
         self.objective()
-        self.sampling_params()
 
-    def _check_names(self) -> None:
-        choices = {
-            **{"reduction": REDUCTIONS, "baseline": BASELINES, "scale_advantages": SCALES},
-            **{"step_split": tuple(SPLITTERS), "step_scores": ("rewards", "values")},
-            **{"positive_guard": REACTIONS, "entropy_guard": ("off", "warn", "stop")},
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+    def _check_weights(self) -> None:
         weights = self.positive_weight != 1 or self.negative_weight != 1
         if self.loss_type in ONE_SIGNED and weights:
             raise ValueError(
                 f"positive_weight and negative_weight have no meaning beside loss_type={self.loss_type}, whose weights "
                 "are its own (loss_kwargs); use reinforce, topr or clipped, or leave them at 1"
             )
-        if self.dynamic_sampling and "batch" in (self.baseline, self.scale_advantages):
-            raise ValueError(
-                "dynamic_sampling scores a round in parts, and a baseline or scale over the batch would differ between "
-                "them; use group, leave_one_out, moving_average or none"
-            )
-        if self.eval_temperature == 0 and self.eval_num_generations > 1:
-            raise ValueError("eval_temperature=0 draws the same completion every time; set eval_num_generations to 1")
-
-    def _check_numbers(self) -> None:
-        for name in ("num_generations", "steps_per_round", "reuse", "max_completion_length", "eval_num_generations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_refills", "max_empty_rounds", "attest_every", "nll_weight", "kl_weight", "anchor_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         if min(self.positive_weight, self.negative_weight) < 0:
             raise ValueError(
                 f"sign weights cannot be negative, got positive_weight={self.positive_weight}, "
                 f"negative_weight={self.negative_weight}; 0 leaves a sign out"
             )
-        if self.steps_per_round % self.reuse:
+        if self.baseline_decay >= 1:
+            raise ValueError(f"need 0 <= baseline_decay < 1, got {self.baseline_decay}")
+        if self.selection == "best" and (self.baseline != "none" or self.scale_advantages != "none"):
             raise ValueError(
-                f"steps_per_round={self.steps_per_round} must be a multiple of reuse={self.reuse}: every pass over a "
-                "round takes as many steps"
+                "selection=best gives the best completion advantage 1, whatever the others have; leave baseline and "
+                "scale_advantages out"
             )
-        if not 0 <= self.max_unscored <= 1 or not 0 <= self.baseline_decay < 1:
+        if self.min_reward is not None and self.selection != "best":
+            raise ValueError("min_reward is a limit for selection=best; set that, or leave it out")
+        if self.dynamic_sampling and "batch" in (self.baseline, self.scale_advantages):
             raise ValueError(
-                f"need 0 <= max_unscored <= 1 and 0 <= baseline_decay < 1, got {self.max_unscored} and "
-                f"{self.baseline_decay}"
+                "dynamic_sampling scores a round in parts, and a baseline or scale over the batch would differ between "
+                "them; use group, leave_one_out, moving_average or none"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}: greedy samples teach nothing new")
 
     def objective(self) -> Any:
         """The objective with its hyper-parameters bound."""
         return bind_objective(POLICY_LOSSES, self.loss_type, self.loss_kwargs or {}, "loss_type")
 
-    def sampling_params(self, *, evaluation: bool = False) -> SamplingParams:
-        """How completions are drawn."""
-        return SamplingParams(
-            temperature=self.eval_temperature if evaluation else self.temperature,
-            max_tokens=self.max_completion_length,
-            top_p=1.0 if evaluation else self.top_p,
-            top_k=0 if evaluation else self.top_k,
-            min_p=0.0 if evaluation else self.min_p,
-            stop=tuple(self.stop or ()),
-            seed=self.seed,
-        )
-
     def round_settings(self, processes: int) -> RoundSettings:
         """What a round is. Raises ValueError where its completions are no whole number of groups."""
-        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
-        completions = step * self.steps_per_round // self.reuse
+        completions = self.rows_per_step(processes) * self.steps_per_round // self.reuse
         if self.baseline == "leave_one_out" and self.num_generations < 2:
             raise ValueError(
                 "leave_one_out needs at least 2 samples per prompt, got num_generations=1; set baseline to none, batch "
                 "or moving_average"
             )
-        if completions % self.num_generations:
+        kept = 1 if self.selection == "best" else self.num_generations
+        if completions % kept:
             raise ValueError(
                 f"a round has {completions} completions (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"x processes {processes} x steps_per_round {self.steps_per_round} / reuse {self.reuse}), which are no "
                 f"whole number of groups of num_generations={self.num_generations}"
             )
-        return RoundSettings(
-            prompts_per_round=completions // self.num_generations,
+        return self._rounds_of(completions // kept)
+
+    def round_rows(self) -> AdvantageRows:
+        """What makes rows of scored completions."""
+        return AdvantageRows(
             num_generations=self.num_generations,
-            baseline=self.baseline,
+            baseline=str(self.baseline),
             scale=self.scale_advantages,
             decay=self.baseline_decay,
-            dynamic_sampling=self.dynamic_sampling,
-            max_refills=self.max_refills,
-            max_empty_rounds=self.max_empty_rounds or 2**31,
+            best=self.selection == "best",
+            min_reward=self.min_reward,
             outcome_weight=self.outcome_weight,
             step_weight=self.step_weight,
             step_scores=self.step_scores,
-            max_unscored=self.max_unscored,
-            seed=self.seed,
             signs=self.signs(),
         )
 
@@ -247,5 +185,8 @@ class AdvantageConfig(PolicyConfig):
         if self.loss_type in ("psr", "nsr"):
             return self.loss_type == "psr", self.loss_type == "nsr"
         given = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        if self.loss_type == "pmpo":
+            alpha = given.get("alpha", 0.5)
+            return alpha > 0, alpha < 1
         weights = given if self.loss_type == "w_reinforce" else vars(self)
         return weights.get("positive_weight", 1) > 0, weights.get("negative_weight", 1) > 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,79 @@ def warn_of_lost_penalty(rewards: Iterable[float], setting: str, way_out: str) -
     return True
 
 
+@dataclass(frozen=True)
+class Watch:
+    """One thing to look for in the logged metrics.
+
+    Args:
+        cause: its name: a cause is told once.
+        reaction: off, warn, anchor or stop.
+        seen: metrics to what is wrong and what to do about it, None where nothing is.
+    """
+
+    cause: str
+    reaction: str
+    seen: Callable[[Mapping[str, float]], str | None]
+
+
+def falling_positives(reaction: str, max_drop: float) -> Watch:
+    """`positive/drift` below `-max_drop` nats a token."""
+
+    def seen(logs: Mapping[str, float]) -> str | None:
+        drift = logs.get("positive/drift")
+        if drift is None or drift >= -max_drop:
+            return None
+        return (
+            f"the tokens with a positive advantage lost {-drift:.3g} nats each (limit max_positive_drop={max_drop:g}): "
+            "the push on negatives takes what is right along. Lower the learning rate or negative_weight, set "
+            "nll_weight, or use topr or clipped, whose push fades"
+        )
+
+    return Watch("positives", reaction, seen)
+
+
+def lost_entropy(reaction: str, least: float) -> Watch:
+    """`rounds/entropy` below `least` nats a token."""
+
+    def seen(logs: Mapping[str, float]) -> str | None:
+        entropy = logs.get("rounds/entropy")
+        if entropy is None or entropy >= least:
+            return None
+        return (
+            f"samples have {entropy:.3g} nats of entropy a token (limit min_entropy={least:g}): the policy draws the "
+            "same again and again, and groups carry no signal. Lower the learning rate or positive_weight (.1 is "
+            "W-REINFORCE), or raise the temperature"
+        )
+
+    return Watch("entropy", reaction, seen)
+
+
+def displaced_chosen(reaction: str, max_drop: float) -> Watch:
+    """Likelihood displacement: `drift/margin` above 0 while `chosen/drift` is below `-max_drop` nats a token."""
+
+    def seen(logs: Mapping[str, float]) -> str | None:
+        drift, margin = logs.get("chosen/drift"), logs.get("drift/margin")
+        if drift is None or margin is None or drift >= -max_drop or margin <= 0:
+            return None
+        return (
+            f"the margin grew by {margin:.3g} nats while the chosen answers lost {-drift:.3g} nats a token (limit "
+            f"max_chosen_drop={max_drop:g}): likelihood displacement, what both sides lose goes to answers that nobody "
+            "chose. Lower the learning rate, set nll_weight, use dpop, nca or ipo, or leave out the pairs with the "
+            "highest CHES (negtune.eval.displacement)"
+        )
+
+    return Watch("chosen", reaction, seen)
+
+
 class Guards:
     """Watches the logged metrics; reacts once per cause.
 
     Args:
-        positive: reaction to `positive/drift` below `-max_drop`: off, warn, anchor, stop.
-        max_drop: nats a token.
-        entropy: reaction to `rounds/entropy` below `min_entropy`: off, warn, stop.
-        min_entropy: nats a token.
+        watches: what to look for.
     """
 
-    def __init__(self, *, positive: str, max_drop: float, entropy: str, min_entropy: float) -> None:
-        self.positive, self.max_drop = positive, max_drop
-        self.entropy, self.min_entropy = entropy, min_entropy
+    def __init__(self, *watches: Watch) -> None:
+        self._watches = [watch for watch in watches if watch.reaction != "off"]
         self.anchored = False
         self._told: set[str] = set()
 
@@ -65,30 +126,16 @@ class Guards:
 
     def check(self, logs: Mapping[str, float], step: int) -> None:
         """Raises `GuardStop` where the reaction is stop; sets `anchored` where it is anchor."""
-        drift = logs.get("positive/drift")
-        if drift is not None and drift < -self.max_drop and self.positive != "off":
-            self._react(
-                self.positive,
-                "positives",
-                f"step {step}: the tokens with a positive advantage lost {-drift:.3g} nats each (limit "
-                f"max_positive_drop={self.max_drop:g}): the push on negatives takes what is right along. Lower the "
-                "learning rate or negative_weight, set nll_weight, or use topr or clipped, whose push fades",
-            )
-        entropy = logs.get("rounds/entropy")
-        if entropy is not None and entropy < self.min_entropy and self.entropy != "off":
-            self._react(
-                self.entropy,
-                "entropy",
-                f"step {step}: samples have {entropy:.3g} nats of entropy a token (limit min_entropy="
-                f"{self.min_entropy:g}): the policy draws the same again and again, and groups carry no signal. Lower "
-                "the learning rate or positive_weight (.1 is W-REINFORCE), or raise the temperature",
-            )
+        for watch in self._watches:
+            text = watch.seen(logs)
+            if text is not None:
+                self._react(watch, f"step {step}: {text}")
 
-    def _react(self, reaction: str, cause: str, text: str) -> None:
-        if reaction == "stop":
+    def _react(self, watch: Watch, text: str) -> None:
+        if watch.reaction == "stop":
             raise GuardStop(text)
-        if reaction == "anchor":
-            self.anchored = True
-        if cause not in self._told:
-            self._told.add(cause)
-            logger.warning("%s%s", text, "; positives are anchored from now on" if reaction == "anchor" else "")
+        anchors = watch.reaction == "anchor"
+        self.anchored = self.anchored or anchors
+        if watch.cause not in self._told:
+            self._told.add(watch.cause)
+            logger.warning("%s%s", text, f"; {watch.cause} are anchored from now on" if anchors else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from negtune.eval.solving import solve_together
 from negtune.models.policy import sharded_at_load
 from negtune.models.reference import weights_hash
 from negtune.models.structure import unwrapped
+from negtune.records import read_json, write_json
 from negtune.rollouts.attest import attest, served_weights_hash
 from negtune.rollouts.sampler import Sampler
 from negtune.rollouts.store import RecordStore
@@ -30,15 +31,7 @@ from negtune.verifiers.verdict import Verifier
 
 ROUND_FILE = "round.json"
 PROBE = 32
-"""Positive completions of the first round that are followed."""
-FILLER = {
-    "prompt_ids": [0],
-    "completion_ids": [0],
-    "step_ends": [1],
-    "step_advantages": [None],
-    "behaviour_logps": [0.0],
-}
-"""Takes the place of a micro-batch where a round has fewer completions than there are: nothing of it is judged."""
+"""Rows of the first round that are followed, at most."""
 
 
 class OnPolicy:
@@ -49,6 +42,9 @@ class OnPolicy:
         sampler: or a function that makes one from the trained model and its tokenizer.
         scorer: of completions.
         step_credit: of their steps, or None.
+        followed: rows of the first round that are watched from then on, at most.
+        besides: rows of a data set that an optimiser step takes too, by its number.
+        prepare: what a round's rows become, once, before they are trained on; called by every process with all rows.
 
     Raises:
         StaleEngineError: the engine does not have the weights that are trained.
@@ -60,6 +56,10 @@ class OnPolicy:
         sampler: Sampler | Callable[[Any, Any], Sampler],
         scorer: Verifier,
         step_credit: StepCredit | None,
+        *,
+        followed: int = PROBE,
+        besides: Callable[[int], list[dict[str, Any]]] | None = None,
+        prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
     ) -> None:
         self._trainer, self.args, accelerator = trainer, trainer.args, trainer.accelerator
         if trainer.is_fsdp_enabled or sharded_at_load():
@@ -73,7 +73,8 @@ class OnPolicy:
         if hasattr(step_credit, "sampler") and step_credit.sampler is None:
             step_credit.sampler, step_credit.follows = sampler, False  # which gets the weights anyway
         self._start = weights_hash(unwrapped(trainer.model))[:8]
-        self.state, self.round = RoundState(), None
+        self.state, self.round, self._followed = RoundState(), None, followed
+        self._besides, self._prepare = besides, prepare
         self.probe: list[dict[str, Any]] | None = None
         self.noted = MetricSums()
         args, rows = self.args, trainer.train_dataset
@@ -85,6 +86,7 @@ class OnPolicy:
             prompts=ShuffledPrompts(rows, seed) if hasattr(rows, "__len__") else StreamedPrompts(rows),
             settings=args.round_settings(accelerator.num_processes),
             params=args.sampling_params(),
+            maker=args.round_rows(),
             rollouts=RecordStore(folder, process_index=index),
             scores=RecordStore(folder, "scores", process_index=index),
             splitter=SPLITTERS[args.step_split],
@@ -137,10 +139,12 @@ class OnPolicy:
         self.sync(attested=every > 0 and self.state.number % every == 0)
         with self._trainer.accelerator.autocast():
             made = self.rounds.make(self.state)
+            if self._prepare is not None:
+                made = replace(made, rows=self._prepare(made.rows))
         self.state = made.state
-        if not self.probe:  # positives of the first round, whose log-probability is followed from then on
-            right = [row for row in made.rows if max((a or 0) for a in row["step_advantages"]) > 0]
-            self.probe = right[:: max(1, len(right) // PROBE)][:PROBE]
+        if self._followed and not self.probe:  # of the first round that has any
+            followed = self.rounds.maker.followed(made.rows)
+            self.probe = followed[:: max(1, len(followed) // self._followed)][: self._followed]
         for name, value in {**made.metrics, **self.noted.flush()}.items():
             if not math.isnan(value):
                 sums.add_ratio(name, value, 1)
@@ -157,7 +161,9 @@ class OnPolicy:
         of_step = _part(rows, place % steps, steps)
         parts = args.gradient_accumulation_steps * accelerator.num_processes
         first = accelerator.process_index
-        return [_part(of_step, i, parts) or [FILLER] for i in range(first, parts, accelerator.num_processes)]
+        more = [] if self._besides is None else self._besides(step)
+        mine = range(first, parts, accelerator.num_processes)
+        return [_part(of_step, i, parts) + _part(more, i, parts) or [self.rounds.maker.filler] for i in mine]
 
     def solved(self, rows: list[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of `solve` with the weights of this moment; every process solves its share."""
@@ -189,6 +195,62 @@ class RoundBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
+
+
+def checkpoint_of(folder: str, resume: str | bool | None) -> str | None:
+    """The checkpoint that `resume` means; True is the last one in `folder` that was written to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if resume is not True:
+        return resume or None
+    found = [
+        path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+        if (path.parent / ROUND_FILE).exists()
+    ]
+    if not found:
+        raise ValueError(f"there is no checkpoint in {folder}; leave resume_from_checkpoint out")
+    return str(max(found, key=lambda path: int(path.name.split("-")[1])))
+
+
+def write_state(trainer: Any, trial: Any, on_policy: OnPolicy | None, more: Mapping[str, Any]) -> Path:
+    """Into a checkpoint what the host does not know: before the host's own, so that it is whole once that is there.
+
+    Args:
+        trainer: whose checkpoint this is.
+        trial: of the host.
+        on_policy: whose round is saved, if there is one.
+        more: of the trainer itself.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    step = trainer.state.global_step
+    folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = None if on_policy is None else on_policy.saved(step)
+        write_json(folder / ROUND_FILE, {**more, "round": made})
+    return folder
+
+
+def read_state(checkpoint: str | None, *, on_policy: bool) -> dict[str, Any] | None:
+    """What `write_state` wrote, None without a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint of something else.
+    """
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint) / ROUND_FILE
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the checkpoint is not of this trainer; resume from another one")
+    saved = read_json(path)
+    if on_policy and saved["round"] is None:
+        raise ValueError(f"{path} is of a run without a sampler; resume it without one")
+    return saved
 
 
 def scorer_of(trainer: Any, reward_funcs: Any, verifier: Verifier | None, processing_classes: Any) -> Verifier:

@@ -47,7 +47,7 @@ class MetricSums:
         self.add_ratio("tokens/padding", counts.processed - counts.distinct, counts.processed)
 
     def add_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
-        """`side/grad_norm` of two sides, and `grad_cosine` between them where neither is zero.
+        """`side/grad_norm` of two sides, and where neither is zero `grad_cosine` between them.
 
         Args:
             gradients: by side, one per parameter.
@@ -78,7 +78,8 @@ class MetricSums:
                 sums[name][0] += total
                 sums[name][1] += count
             for name, items in part_values.items():
-                values[name] += items
+                if items:
+                    values[name] += items
         self.__init__()
         metrics = {name: total / count for name, (total, count) in sums.items() if count}
         for name, items in values.items():

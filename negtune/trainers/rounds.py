@@ -15,12 +15,11 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from accelerate.utils import gather_object
 
-from negtune.credit import Baseline, Scale, advantages, moving_average, step_advantages
+from negtune.credit import step_advantages
 from negtune.data.completions import Message
 from negtune.data.prompts import PromptSource
 from negtune.data.steps import Splitter, TokenSteps, token_steps
@@ -28,7 +27,6 @@ from negtune.records import strict
 from negtune.rollouts.collect import RECENT, in_parts, rollout_columns, rollout_record
 from negtune.rollouts.sampler import Prompt, Request, Sampler, SamplingParams, requests_for, share_of
 from negtune.rollouts.store import RecordStore
-from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.verifiers.verdict import Verdict, Verifier, stop_if_unscored, verdicts_of
 
 PART = 512
@@ -73,7 +71,7 @@ class Round:
     """Rows to train on, and what was seen on the way.
 
     Args:
-        rows: as `collate_advantages` takes them, groups together.
+        rows: as the trainer's collator takes them, groups together.
         metrics: of the round, for the log.
         state: after it.
     """
@@ -85,22 +83,49 @@ class Round:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """See `AdvantageConfig`, whose fields these are."""
+    """See `OnPolicyConfig`, whose fields these are."""
 
     prompts_per_round: int
     num_generations: int
-    baseline: Baseline | str
-    scale: Scale
-    decay: float
     dynamic_sampling: bool
     max_refills: int
     max_empty_rounds: int
-    outcome_weight: float
-    step_weight: float
     step_scores: str
     max_unscored: float
     seed: int
-    signs: tuple[bool, bool] = (True, True)
+
+
+class RowMaker(Protocol):
+    """Makes rows to train on of the scored completions of a round: what one trainer has that another has not.
+
+    Args:
+        filler: a row of which nothing counts, where a process has none.
+        nothing, way_out: for the error when round after round there is nothing to learn from.
+    """
+
+    filler: Mapping[str, Any]
+    nothing: str
+    way_out: str
+
+    def credited(self, drawn: Sequence[Mapping[str, Any]], running: float | None) -> list[dict[str, Any]]:
+        """The completions, group by group, each with `signal`: whether its group has something to learn from."""
+        ...
+
+    def rows(self, credited: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with `group`, groups together."""
+        ...
+
+    def moved(self, running: float | None, seen: Sequence[Mapping[str, Any]]) -> float | None:
+        """The running baseline after a round."""
+        ...
+
+    def metrics(self, seen: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Of a round: all of its completions, and the rows that became of them."""
+        ...
+
+    def followed(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Rows of the first round that are watched from then on."""
+        ...
 
 
 @dataclass
@@ -112,6 +137,7 @@ class Rounds:
         verifier: scores.
         prompts: where prompts come from.
         settings, params: how.
+        maker: makes rows of what was scored.
         rollouts, scores: stores; every process has its own files in them.
         splitter, tokenizer: of steps, if `step_credit` is given.
         step_credit: gives numbers to steps; see `StepCredit`.
@@ -123,6 +149,7 @@ class Rounds:
     prompts: PromptSource
     settings: RoundSettings
     params: SamplingParams
+    maker: RowMaker
     rollouts: RecordStore
     scores: RecordStore
     splitter: Splitter
@@ -131,10 +158,11 @@ class Rounds:
     process_index: int = 0
     processes: int = 1
     _seen: list[Verdict] = field(default_factory=list)
-    _warned: bool = False
     _extra: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._compares = getattr(self.verifier, "compares", False)  # then it has to see a prompt's completions at once
+        self._part = max(1, PART // self.settings.num_generations) * self.settings.num_generations
         self._reserved = RESERVED if self.step_credit is None else RESERVED_BY_STEPS
 
     def make(self, state: RoundState) -> Round:
@@ -146,7 +174,7 @@ class Rounds:
             wanted = s.prompts_per_round - len({row["group"] for row in kept})
             groups = self._groups(cursor, wanted, state.number, refills)
             cursor += wanted
-            rows = self._credited(groups, state.running)
+            rows = self.maker.credited(groups, state.running)
             seen += rows
             fit = [row for row in rows if row["signal"]] if s.dynamic_sampling else rows
             kept += fit
@@ -154,15 +182,14 @@ class Rounds:
             if not s.dynamic_sampling or missing == 0 or refills == s.max_refills:
                 break
             refills += 1
-        running = self._moved(state.running, seen)
-        rows = [row for row in kept if row["known"]]
-        signal = any(row["signal"] for row in rows)
-        empty = 0 if signal else state.empty + 1
+        running = self.maker.moved(state.running, seen)
+        empty = 0 if any(row["signal"] for row in kept) else state.empty + 1
         if empty >= s.max_empty_rounds:
-            raise NoSignalError(_no_signal(seen, empty))
+            raise NoSignalError(_no_signal(seen, empty, self.maker))
         tokens = state.tokens + sum(len(row["completion_ids"]) for row in seen)
         after = RoundState(state.number + 1, cursor, running, empty, state.completions + len(seen), tokens)
-        return Round([self._trainable(row) for row in rows], {**_metrics(seen), "rounds/refills": refills}, after)
+        made = self.maker.rows(kept)
+        return Round(made, {**_metrics(seen), "rounds/refills": refills, **self.maker.metrics(seen, made)}, after)
 
     # --- drawing and scoring ------------------------------------------------------------------------------------------
 
@@ -195,7 +222,7 @@ class Rounds:
         whose first steps it goes on from once, if that leaves nobody with less to do."""
         size = self.settings.num_generations
         groups = [range(i * size, (i + 1) * size) for i in range(n)]
-        if n % self.processes:
+        if n % self.processes and not self._compares:
             return [share_of(range(n * size), i, self.processes) for i in range(self.processes)]
         return [
             [place for group in share_of(groups, i, self.processes) for place in group] for i in range(self.processes)
@@ -208,7 +235,7 @@ class Rounds:
         keys = [request.key(params, self.sampler.policy) for request, _ in mine]
         records = _look_up(self.rollouts, keys)
         missing = [pair for pair, key in zip(mine, keys, strict=True) if key not in records]
-        for some in in_parts(missing, PART):
+        for some in in_parts(missing, self._part):
             drawn = self.sampler.draw([request for request, _ in some], params)
             new = [rollout_record(r, rows[owner]) for r, (_, owner) in zip(drawn, some, strict=True)]
             self.rollouts.append(new)
@@ -222,7 +249,7 @@ class Rounds:
         Scored anew by a run that finds its rollouts on the disk: the scorer may be another one.
         """
         there: dict[str, dict[str, Any]] = {}
-        for some in in_parts(drawn, PART):
+        for some in in_parts(drawn, self._part):
             fit = [record for record in some if record["finish_reason"] == "stop"]
             self._extra.clear()
             verdicts = dict(zip((record["key"] for record in fit), self._verify(fit), strict=True))
@@ -282,52 +309,6 @@ class Rounds:
             record["key"]: (steps.ends, of_steps) for record, steps, of_steps in zip(records, cut, scores, strict=True)
         }
 
-    # --- credit -------------------------------------------------------------------------------------------------------
-
-    def _credited(self, groups: list[dict[str, Any]], running: float | None) -> list[dict[str, Any]]:
-        """Rollouts with the advantages of their steps; `signal`: whether their group has one that is trained on."""
-        s = self.settings
-        rewards, scored = self._rewards(groups)
-        if s.scale == "group" and not self._warned:
-            self._warned = warn_of_lost_penalty(
-                rewards[scored].tolist(), "scale_advantages=group", "Set scale_advantages to none"
-            )
-        moving = s.baseline == "moving_average"
-        outcome = advantages(
-            rewards,
-            scored,
-            baseline="none" if moving else s.baseline,
-            scale=s.scale,
-            running=(running or 0.0) if moving else None,
-        )
-        rows = []
-        for record, advantage, known in zip(groups, outcome.flatten().tolist(), scored.flatten().tolist(), strict=True):
-            steps = _combine(record, advantage if known else None, s)
-            rows.append({**record, "step_advantages": steps, "known": any(a is not None for a in steps)})
-        up, down = s.signs
-        tells = {row["group"] for row in rows if any((up and a > 0) or (down and a < 0) for a in _known(row))}
-        return [{**row, "signal": row["group"] in tells} for row in rows]
-
-    def _rewards(self, rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[G N]`, and which of them were scored."""
-        scores = [row["score"] for row in rows]
-        rewards = torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64)
-        scored = torch.tensor([score is not None for score in scores])
-        n = self.settings.num_generations
-        return rewards.view(-1, n), scored.view(-1, n)
-
-    def _moved(self, running: float | None, seen: Sequence[Mapping[str, Any]]) -> float | None:
-        """The moving average after a round, all of its refills taken together."""
-        if self.settings.baseline != "moving_average":
-            return running
-        return moving_average(running, *self._rewards(seen), decay=self.settings.decay)
-
-    def _trainable(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What a batch is made of. Log-probabilities of a cut distribution are no behaviour policy's."""
-        names = ("prompt_ids", "completion_ids", "step_ends", "step_advantages", "group", "key")
-        behaviour = {"behaviour_logps": None if row["truncated"] else row["logps"], "temperature": row["temperature"]}
-        return {**{name: row[name] for name in names}, **behaviour}
-
 
 def checked_step_scores(found: Any, cut: Sequence[TokenSteps], kind: str) -> list[list[float | None]]:
     """What step credit gave, as one list of numbers per completion.
@@ -372,6 +353,11 @@ def advantages_of_steps(scores: Sequence[float | None], steps: int, kind: str) -
     return step_advantages(scores if len(scores) > steps else [None, *scores])  # that of the bare prompt may come first
 
 
+def behaviour_of(record: Mapping[str, Any]) -> list[float] | None:
+    """Log-probabilities of the policy that drew a completion. Those of a cut distribution are no policy's: None."""
+    return None if record["truncated"] else record["logps"]
+
+
 def _is_list(thing: Any) -> bool:
     return hasattr(thing, "__len__") and hasattr(thing, "__getitem__") and not isinstance(thing, str | Mapping)
 
@@ -388,10 +374,6 @@ def refuse_reserved(columns: Iterable[str], reserved: set[str]) -> None:
 def completion_of(prompt: Prompt, text: str) -> str | list[Message]:
     """A completion as TRL hands it to reward functions: text, or the assistant's message where the prompt is a chat."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def _known(row: Mapping[str, Any]) -> list[float]:
-    return [advantage for advantage in row["step_advantages"] if advantage is not None]
 
 
 def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], list[Any]]:
@@ -424,17 +406,6 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [record["columns"].get(name) for record in records] for name in names}
 
 
-def _combine(record: Mapping[str, Any], outcome: float | None, s: RoundSettings) -> list[float | None]:
-    """Advantage of every step: outcome_weight x that of the completion + step_weight x its own; None if one is."""
-    if outcome is None:
-        return [None] * len(record["step_ends"])
-    scores = record["step_scores"]
-    if scores is None:
-        return [s.outcome_weight * outcome] * len(record["step_ends"])
-    scores = advantages_of_steps(scores, len(record["step_ends"]), s.step_scores)
-    return [None if a is None else s.outcome_weight * outcome + s.step_weight * a for a in scores]
-
-
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the round looked like before anything was left out."""
     scores = [row["score"] for row in rows if row["score"] is not None]
@@ -461,12 +432,11 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _no_signal(rows: Sequence[Mapping[str, Any]], empty: int) -> str:
+def _no_signal(rows: Sequence[Mapping[str, Any]], empty: int, maker: RowMaker) -> str:
     counts = Counter("unscored" if row["score"] is None else f"{row['score']:g}" for row in rows)
     seen = ", ".join(f"{count} x {score}" for score, count in counts.most_common(5))
     ends = ", ".join(f"{count} x {reason}" for reason, count in Counter(r["finish_reason"] for r in rows).most_common())
     return (
-        f"{empty} rounds in a row no completion had an advantage other than 0. The last one's rewards: {seen}; "
-        f"completions ended with: {ends}. Equal rewards within every group teach nothing: take easier or harder "
-        "prompts, more num_generations, a larger max_completion_length if they were cut, or raise max_empty_rounds"
+        f"{empty} rounds in a row {maker.nothing}. The last one's rewards: {seen}; completions ended with: {ends}. "
+        f"{maker.way_out}, a larger max_completion_length if they were cut, or raise max_empty_rounds"
     )

@@ -812,7 +812,7 @@ def test_guards_and_an_empty_round_are_resumed(online, tmp_path):
     again = online(output_dir=str(tmp_path / "again"), train=False, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert again.on_policy.state == whole.on_policy.state
-    again._restore(tmp_path / "whole" / "checkpoint-4" / "round.json")
+    again._restore(str(tmp_path / "whole" / "checkpoint-4"))
     assert again.guards.anchored
     assert again.guards.state() == whole.guards.state()
 

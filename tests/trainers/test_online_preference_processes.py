@@ -1,4 +1,4 @@
-"""PreferenceTrainer on fresh samples in two gloo processes: prompts, seeds, samples, pairs and weights are those of one."""
+"""PreferenceTrainer on fresh samples in two gloo processes: prompts, seeds, samples, pairs and weights of one."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def split_records(source: str | Path, split: str, flag: str, hub_id: str, *confi
     folder = Path(source).expanduser()
     if folder.is_dir():
         return stream_jsonl(_find(folder, split, flag))
-    return iter(_from_hub(str(source), split, flag, hub_id, *config))
+    way_out = f"{flag} takes a Hub id ({hub_id}), or a folder that holds {split}.jsonl or {split}.jsonl.gz"
+    return iter(from_hub(str(source), split, way_out, *config))
 
 
 def _find(folder: Path, split: str, flag: str) -> Path:
@@ -56,8 +57,8 @@ def _find(folder: Path, split: str, flag: str) -> Path:
     raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz; {flag} names the folder that does")
 
 
-def _from_hub(source: str, split: str, flag: str, hub_id: str, *config: str) -> Any:
-    way_out = f"{flag} takes a Hub id ({hub_id}), or a folder that holds {split}.jsonl or {split}.jsonl.gz"
+def from_hub(source: str, split: str, way_out: str, *config: str) -> Any:
+    """A split of a Hub data set. Raises OSError, with `way_out`, where there is none."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"no data folder {source}; {way_out}")
     import datasets

@@ -1,0 +1,209 @@
+"""What the arms of a grid share: prompts, the model they start from, the reward, and how a policy is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+
+from negtune import HFSampler, SamplingParams
+from negtune.data.instructions import load_instructions, synthetic
+from negtune.data.pair_selection import PairSelection
+from negtune.data.prompts import ShuffledPrompts
+from negtune.eval.frontier import reward_and_kl, under
+from negtune.models.load import load_model
+from negtune.models.policy import is_peft
+from negtune.models.tiny import save_tiny
+from negtune.records import read_jsonl, write_jsonl
+from negtune.rollouts.sampler import Rollout
+from negtune.trainers.finetune import fine_tune
+from negtune.verifiers.shape import MinLength, ModeLength, OneSentence
+
+REWARDS = ("min_length", "mode_length", "one_sentence")
+NOT_DECIDING = ("seeds", "sweep_seed", "rates", "arms")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file.
+
+    Args:
+        arms: name to `trainer` (preference or advantage) and settings of its config; `steps_per_round: all` draws
+            everything from the start; `rates` in place of the grid's.
+        model: folder, Hub id, `smollm2`, or `tiny` (which is taught a few made-up answers first).
+        prompts: JSON lines of instructions, a folder of such, or a Hub id; None: made up.
+        suffix: behind every instruction.
+        reward: min_length, mode_length or one_sentence.
+        steps: optimiser steps of every arm.
+        prompts_per_step, num_generations: samples that a step of every arm may use.
+        micro_batch: rows of one forward pass.
+        sample_batch: completions drawn at a time.
+        max_tokens: of a completion.
+        test_prompts, test_samples: held-out prompts, and samples of each, by which a policy is measured.
+        rates: learning rates to sweep.
+        sweep_seed, seeds: see `negtune.eval.compare`.
+        lora_r: rank of the adapter on all linear layers.
+    """
+
+    arms: dict[str, dict[str, Any]]
+    model: str = "smollm2"
+    prompts: str | None = None
+    suffix: str = " Answer in a few words."
+    reward: str = "min_length"
+    steps: int = 16
+    prompts_per_step: int = 8
+    num_generations: int = 4
+    micro_batch: int = 32
+    sample_batch: int = 64
+    max_tokens: int = 32
+    test_prompts: int = 64
+    test_samples: int = 2
+    rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    sweep_seed: int = 0
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    lora_r: int = 16
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {self.reward!r}")
+        if not self.arms:
+            raise ValueError("a grid needs arms: names with a trainer and its settings")
+        for name, arm in self.arms.items():
+            if not isinstance(arm, dict) or arm.get("trainer") not in ("preference", "advantage"):
+                raise ValueError(f"arm {name!r} needs trainer: preference or advantage, and settings of its config")
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result of a run, besides its arm, rate and seed."""
+        return {name: value for name, value in vars(self).items() if name not in NOT_DECIDING}
+
+    def shrunk(self) -> Grid:
+        """The same on a tiny model, in a minute or two."""
+        small = {
+            "steps": 3,
+            "prompts_per_step": 4,
+            "test_prompts": 8,
+            "sample_batch": 32,
+            "lora_r": 4,
+            "max_tokens": 16,
+        }
+        fast = {"rates": [1e-3, 1e-2], "seeds": self.seeds[:2]}
+        return replace(self, model="tiny", prompts=None, suffix="", **fast, **small)
+
+
+def read_grid(file: Path, **given: Any) -> Grid:
+    """A grid file, with what the command line says instead.
+
+    Raises:
+        ValueError: no such file, no mapping, or a name that a grid does not have.
+    """
+    if not file.exists():
+        raise ValueError(f"there is no grid file {file}")
+    found = yaml.safe_load(file.read_text())
+    names = [f.name for f in fields(Grid)]
+    if not isinstance(found, dict) or not set(found) <= set(names):
+        wrong = sorted(set(found) - set(names)) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{file}: a grid has {', '.join(names)}; this has {wrong}")
+    only = given.pop("arms")
+    grid = Grid(**{**found, **{name: value for name, value in given.items() if value is not None}})
+    if only is None:
+        return grid
+    missing = [name for name in only if name not in grid.arms]
+    if missing:
+        raise ValueError(f"--arms {missing[0]!r} is not in {file}, which has {', '.join(map(repr, grid.arms))}")
+    return replace(grid, arms={name: grid.arms[name] for name in only})
+
+
+class Task:
+    """A grid made ready to run.
+
+    Args:
+        grid: what to run.
+        folder: of the run.
+    """
+
+    def __init__(self, grid: Grid, folder: Path) -> None:
+        self.grid, self.folder = grid, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        made_up = synthetic(400)
+        texts = [r["prompt"] for r in made_up] if grid.prompts is None else load_instructions(grid.prompts)
+        shuffled = [row["prompt"] for row in ShuffledPrompts([{"prompt": t} for t in texts], 0).take(0, len(texts))]
+        self.start = grid.model
+        if grid.model == "tiny":
+            self.start = str(
+                fine_tune(
+                    str(save_tiny(folder / "tiny")),
+                    made_up,
+                    folder / "start",
+                    **{"epochs": 6, "learning_rate": 3e-3, "batch_size": 16, "disable_tqdm": True},
+                )
+            )
+        chat = load_model(self.start)[1].chat_template is not None and grid.model != "tiny"
+        prompts = [[{"role": "user", "content": t + grid.suffix}] if chat else t + grid.suffix for t in shuffled]
+        self.test, self.train = prompts[: grid.test_prompts], prompts[grid.test_prompts :]
+        if len(self.train) < grid.prompts_per_step:
+            raise ValueError(
+                f"{len(prompts)} prompts leave {len(self.train)} to train on beside {len(self.test)} to test"
+            )
+        self.mode = self._mode() if grid.reward == "mode_length" else None
+        self.reward = {
+            "min_length": lambda: MinLength(grid.max_tokens),
+            "mode_length": lambda: ModeLength(int(self.mode or 0), grid.max_tokens),
+            "one_sentence": OneSentence,
+        }[grid.reward]()
+        self.best, self.worst = self._best_and_worst()
+
+    def load(self) -> tuple[Any, Any]:
+        """The model that every arm starts from."""
+        return load_model(self.start)
+
+    def adapter(self) -> LoraConfig:
+        rank = self.grid.lora_r
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def measured(self, model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
+        """Reward and KL on held-out prompts, and how the log-probability of the start's own best and worst answers to
+        them has changed, in nats a token; the start is the model without its adapter."""
+        grid = self.grid
+
+        def reference(rollouts: Sequence[Rollout]) -> list[float]:
+            if not is_peft(model):
+                return under(model, tokenizer)(rollouts)
+            with model.disable_adapter():
+                return under(model, tokenizer)(rollouts)
+
+        params = SamplingParams(max_tokens=grid.max_tokens, seed=seed + 1_000_000)
+        sampler = HFSampler(model, tokenizer, batch_size=grid.sample_batch)
+        found = reward_and_kl(sampler, self.reward, self.test, reference, n=grid.test_samples, params=params)
+        shown = {name: found[name] for name in ("reward", "kl", "length", "truncated")}
+        for side, rollouts in (("best", self.best), ("worst", self.worst)):
+            now, before = under(model, tokenizer)(rollouts), reference(rollouts)
+            changes = [(a - b) / len(r.completion_ids) for a, b, r in zip(now, before, rollouts, strict=True)]
+            shown[f"{side}/drift"] = sum(changes) / len(changes)
+        return shown
+
+    def _drawn(self, name: str, prompts: Sequence[Any]) -> list[Rollout]:
+        """Answers of the start, drawn once."""
+        file = self.folder / f"{name}.jsonl"
+        if not file.exists():
+            sampler = HFSampler(*self.load(), batch_size=self.grid.sample_batch)
+            params = SamplingParams(max_tokens=self.grid.max_tokens)
+            write_jsonl(file, [vars(r) for r in sampler.sample(prompts, self.grid.num_generations, params)])
+        return [Rollout.from_record(record) for record in read_jsonl(file)]
+
+    def _best_and_worst(self) -> tuple[list[Rollout], list[Rollout]]:
+        drawn, n = self._drawn("test_answers", self.test), self.grid.num_generations
+        texts = [r.text if isinstance(r.prompt, str) else [{"role": "assistant", "content": r.text}] for r in drawn]
+        ids = [r.completion_ids for r in drawn]
+        scores = self.reward([r.prompt for r in drawn], texts, completion_ids=ids)
+        chosen = [PairSelection().choose(scores[i : i + n], range(n), seed=0) for i in range(0, len(drawn), n)]
+        places = [(i * n + a, i * n + b) for i, pairs in enumerate(chosen) for a, b in pairs]
+        return [drawn[a] for a, _ in places], [drawn[b] for _, b in places]
+
+    def _mode(self) -> int:
+        """Median length of what the start says to some of the training prompts."""
+        lengths = sorted(len(r.completion_ids) for r in self._drawn("train_answers", self.train[:32]))
+        return lengths[len(lengths) // 2]

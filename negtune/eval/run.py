@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
-from negtune.eval import solving
+from negtune.eval import frontier, solving
 from negtune.eval.unlearning import Evaluation, better, evaluate
 from negtune.models.load import load_model
 from negtune.models.merge import merge_adapter
@@ -52,7 +52,8 @@ class Run:
         arguments: settings to record; private text must not be among them.
         seed: of the run.
         redacted: whether texts were kept out.
-        task: `unlearning`, or `solving` for arms with the metrics of `solve`; decides what the report asks.
+        task: `unlearning`, `solving` for arms with the metrics of `solve`, `preference` for those of `reward_and_kl`;
+            decides what the report asks.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Run:
         *,
         seed: int,
         redacted: bool = False,
-        task: Literal["unlearning", "solving"] = "unlearning",
+        task: Literal["unlearning", "solving", "preference"] = "unlearning",
         **words: Any,
     ) -> None:
         self.folder, self.started = Path(folder), time.time()
@@ -143,10 +144,10 @@ class Run:
     def write(self) -> None:
         """Write `run.json` and `metrics.json`."""
         names = dict.fromkeys(name for arm in self.arms.values() for name in arm)
-        solved = self.record["task"] == "solving"
-        direction = solving.better if solved else better
+        kinds = {"solving": (solving.better, solving.primary), "preference": (frontier.better, frontier.primary)}
+        direction, choose = kinds.get(self.record["task"], (better, _primary))
         directions = {name: direction(name) for name in names if direction(name)}
-        primary = solving.primary(names) if solved else [name for name in PRIMARY if name in names]
+        primary = choose(names)
         write_json(self.folder / "metrics.json", {"primary": primary, "better": directions, "arms": self.arms})
         write_json(
             self.folder / "run.json",
@@ -161,6 +162,11 @@ class Run:
                 "peak_rss_mib": peak_rss_mib(),
             },
         )
+
+
+def _primary(names: Iterable[str]) -> list[str]:
+    found = set(names)
+    return [name for name in PRIMARY if name in found]
 
 
 def _is_main_process() -> bool:

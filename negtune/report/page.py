@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from negtune.report import solving
+from negtune.report import preference, solving
 from negtune.report.folder import Metrics, RunFolder
 from negtune.report.tables import (
     Table,
@@ -70,9 +70,10 @@ def build_page(folder: RunFolder, *, redact: bool = False) -> Page:
     redact = redact or bool(folder.run.get("redacted"))
     metrics = folder.metrics
     pairs = [] if redact else choose_pairs(folder.samples)
+    words = _words(folder)
     return Page(
         title=folder.title,
-        headline=solving.headline(metrics) if _solves(folder) else headline(metrics),
+        headline=words.headline(metrics) if words is not None else headline(metrics),
         answers=_answers(folder),
         table=metrics_table(metrics, metrics.primary) if metrics.primary else None,
         others=metrics_table(metrics, metrics.others) if metrics.others else None,
@@ -106,8 +107,9 @@ def choose_pairs(samples: list[dict[str, Any]]) -> list[Pair]:
     ]
 
 
-def _solves(folder: RunFolder) -> bool:
-    return folder.run.get("task") == "solving"
+def _words(folder: RunFolder) -> Any:
+    """What asks and answers for a task that is not unlearning."""
+    return {"solving": solving, "preference": preference}.get(str(folder.run.get("task")))
 
 
 def _answers(folder: RunFolder) -> list[tuple[str, list[str]]]:
@@ -116,12 +118,13 @@ def _answers(folder: RunFolder) -> list[tuple[str, list[str]]]:
     arm = others[-1] if len(others) == 1 else None
     objective = f"Objective: {run['objective']}." if run.get("objective") else None
     forgotten = [str(run.get("data") or "The run does not say which data."), *filter(None, [objective])]
-    if _solves(folder):
-        cost = solving.cost(metrics) + _time(run)
+    words = _words(folder)
+    if words is not None:
+        cost = words.cost(metrics) + _time(run)
         return [
-            (solving.WHAT, forgotten),
-            (solving.WORKED, solving.worked(metrics)),
-            (solving.COST, cost or ["Not recorded."]),
+            (words.WHAT, forgotten),
+            (words.WORKED, words.worked(metrics)),
+            (words.COST, cost or ["Not recorded."]),
         ]
     if start is None or not others:
         measured = f"only one arm ({start}) was measured" if start else "nothing was measured"

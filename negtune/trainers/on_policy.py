@@ -197,6 +197,16 @@ class RoundBatches:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
 
 
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The last one that was written to its end."""
+    found = [
+        path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+        if (path.parent / ROUND_FILE).exists()
+    ]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
 def checkpoint_of(folder: str, resume: str | bool | None) -> str | None:
     """The checkpoint that `resume` means; True is the last one in `folder` that was written to its end.
 
@@ -205,14 +215,10 @@ def checkpoint_of(folder: str, resume: str | bool | None) -> str | None:
     """
     if resume is not True:
         return resume or None
-    found = [
-        path.parent
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-        if (path.parent / ROUND_FILE).exists()
-    ]
-    if not found:
+    found = last_whole_checkpoint(folder)
+    if found is None:
         raise ValueError(f"there is no checkpoint in {folder}; leave resume_from_checkpoint out")
-    return str(max(found, key=lambda path: int(path.name.split("-")[1])))
+    return found
 
 
 def write_state(trainer: Any, trial: Any, on_policy: OnPolicy | None, more: Mapping[str, Any]) -> Path:

@@ -159,7 +159,7 @@ def main() -> None:
         sweep_seed=grid.sweep_seed,
         metric="reward",
         folder=args.output_dir,
-        settings={**grid.deciding(), "mode": task.mode},
+        settings={**grid.deciding(), **vars(task.reward)},
         workers=args.workers,
     )
     text = f"# {grid.reward}\n\n{found.markdown()}"

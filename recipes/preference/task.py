@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,29 @@ def read_grid(file: Path, **given: Any) -> Grid:
     return replace(grid, arms={name: grid.arms[name] for name in only})
 
 
+def instructions(source: str | None, suffix: str, *, chat: bool) -> list[Any]:
+    """Prompts in an order of their own, which does not depend on the file's."""
+    texts = [row["prompt"] for row in synthetic(400)] if source is None else load_instructions(source)
+    shuffled = ShuffledPrompts([{"prompt": text + suffix} for text in texts], 0).take(0, len(texts))
+    prompts = [row["prompt"] for row in shuffled]
+    return [[{"role": "user", "content": prompt}] for prompt in prompts] if chat else prompts
+
+
+def start_of(model: str, folder: Path) -> str:
+    """`model`, or the tiny one after it was taught what answers look like."""
+    if model != "tiny":
+        return model
+    training = {"epochs": 6, "learning_rate": 3e-3, "batch_size": 16, "disable_tqdm": True}
+    return str(fine_tune(str(save_tiny(folder / "tiny")), synthetic(400), folder / "start", **training))
+
+
+def reward_of(name: str, limit: int, typical: Callable[[], int]) -> Any:
+    """The reward called `name`; `typical` gives the length that mode_length wants."""
+    if name == "min_length":
+        return MinLength(limit)
+    return ModeLength(typical(), limit) if name == "mode_length" else OneSentence()
+
+
 class Task:
     """A grid made ready to run.
 
@@ -128,32 +151,15 @@ class Task:
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
         folder.mkdir(parents=True, exist_ok=True)
-        made_up = synthetic(400)
-        texts = [r["prompt"] for r in made_up] if grid.prompts is None else load_instructions(grid.prompts)
-        shuffled = [row["prompt"] for row in ShuffledPrompts([{"prompt": t} for t in texts], 0).take(0, len(texts))]
-        self.start = grid.model
-        if grid.model == "tiny":
-            self.start = str(
-                fine_tune(
-                    str(save_tiny(folder / "tiny")),
-                    made_up,
-                    folder / "start",
-                    **{"epochs": 6, "learning_rate": 3e-3, "batch_size": 16, "disable_tqdm": True},
-                )
-            )
-        chat = load_model(self.start)[1].chat_template is not None and grid.model != "tiny"
-        prompts = [[{"role": "user", "content": t + grid.suffix}] if chat else t + grid.suffix for t in shuffled]
+        self.start = start_of(grid.model, folder)
+        chat = grid.model != "tiny" and load_model(self.start)[1].chat_template is not None
+        prompts = instructions(grid.prompts, grid.suffix, chat=chat)
         self.test, self.train = prompts[: grid.test_prompts], prompts[grid.test_prompts :]
         if len(self.train) < grid.prompts_per_step:
             raise ValueError(
                 f"{len(prompts)} prompts leave {len(self.train)} to train on beside {len(self.test)} to test"
             )
-        self.mode = self._mode() if grid.reward == "mode_length" else None
-        self.reward = {
-            "min_length": lambda: MinLength(grid.max_tokens),
-            "mode_length": lambda: ModeLength(int(self.mode or 0), grid.max_tokens),
-            "one_sentence": OneSentence,
-        }[grid.reward]()
+        self.reward = reward_of(grid.reward, grid.max_tokens, self._mode)
         self.best, self.worst = self._best_and_worst()
 
     def load(self) -> tuple[Any, Any]:
@@ -178,7 +184,7 @@ class Task:
         params = SamplingParams(max_tokens=grid.max_tokens, seed=seed + 1_000_000)
         sampler = HFSampler(model, tokenizer, batch_size=grid.sample_batch)
         found = reward_and_kl(sampler, self.reward, self.test, reference, n=grid.test_samples, params=params)
-        shown = {name: found[name] for name in ("reward", "kl", "length", "truncated")}
+        shown = {name: found.metrics[name] for name in ("reward", "kl", "length", "truncated")}
         for side, rollouts in (("best", self.best), ("worst", self.worst)):
             now, before = under(model, tokenizer)(rollouts), reference(rollouts)
             changes = [(a - b) / len(r.completion_ids) for a, b, r in zip(now, before, rollouts, strict=True)]

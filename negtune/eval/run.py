@@ -134,8 +134,8 @@ class Run:
         self.arms[name] = dict(metrics)
         self.write()
 
-    def add_answers(self, side: str, rows: Sequence[tuple[str, str, str]], arm: str) -> None:
-        """Keep prompt, wanted answer and what an arm said; `samples.jsonl` has them beside those of other arms."""
+    def add_answers(self, side: str, rows: Sequence[tuple[str, str | None, str]], arm: str) -> None:
+        """Keep prompt, wanted answer (or None) and what an arm said; `samples.jsonl` has them beside other arms'."""
         for prompt, gold, answer in rows:
             sample = {"side": side, "prompt": prompt, "gold": gold, "answers": {}}
             self.samples.setdefault((side, prompt), sample)["answers"][arm] = answer

@@ -148,7 +148,7 @@ def _data_uri(png: bytes) -> str:
 
 def _pair(pair: Pair) -> str:
     kind = "forget" if pair.side.startswith("forget") else "retain" if pair.side.startswith("retain") else ""
-    answers = [(escape(arm), _said(text)) for arm, text in [("expected", pair.gold), *pair.answers]]
+    answers = [(escape(arm), _said(text)) for arm, text in pair.said]
     tag = f'<span class="tag {kind}">{escape(pair.side)}</span>'
     return f'<article class="pair"><h3>{tag}{_said(pair.prompt)}</h3>{_definitions(answers)}</article>'
 

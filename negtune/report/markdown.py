@@ -66,7 +66,7 @@ def _cell(cell: Cell) -> str:
 
 def _pair(pair: Pair) -> str:
     lines = [f"**{escape(pair.prompt or 'not recorded')}** ({escape(pair.side)})", ""]
-    for arm, answer in [("expected", pair.gold), *pair.answers]:
+    for arm, answer in pair.said:
         shown = "not recorded" if answer is None else escape(answer) or "(empty answer)"
         lines.append(f"- {escape(arm)}: {shown}")
     return "\n".join(lines)

@@ -28,12 +28,17 @@ REDACTED = "This run is redacted: the texts of its data are not shown."
 
 @dataclass(frozen=True)
 class Pair:
-    """One question with the wanted answer and what each arm said; a missing text is None."""
+    """One question with the wanted answer, if there is one, and what each arm said; a missing text is None."""
 
     side: str
     prompt: str | None
     gold: str | None
     answers: list[tuple[str, str | None]]
+
+    @property
+    def said(self) -> list[tuple[str, str | None]]:
+        """The wanted answer, then those of the arms."""
+        return self.answers if self.gold is None else [("expected", self.gold), *self.answers]
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _arms(metrics: Metrics) -> tuple[str, str, str, Draw] | None:
 
     def draw(theme: Theme) -> Figure:
         heights = [len(panel) * (len(metrics.arms) * thickness + 0.22) for panel in panels]
-        figure, all_axes = _figure(theme, [height + 0.35 for height in heights], legend_rows=_legend_rows(metrics))
+        figure, all_axes = _figure(theme, [height + 0.55 for height in heights], legend_rows=_legend_rows(metrics))
         for axes, panel in zip(all_axes, panels, strict=True):
             _bars(axes, metrics, panel, theme, limits=(0.0, 1.0) if panel == shares else None)
         handles = [bars[0] for bars in all_axes[0].containers]
@@ -206,7 +206,7 @@ def _weight(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:
 
 def _bars(axes: Axes, metrics: Metrics, names: list[str], theme: Theme, limits: tuple[float, float] | None) -> None:
     thickness = 0.8 / len(metrics.arms)
-    low, high = limits or _spread(_values(metrics, names[0]))
+    low, high = limits or _spread([*_values(metrics, names[0]), *_ends(metrics, names[0])])
     for index, arm in enumerate(metrics.arms):
         color = theme.arms[index % len(theme.arms)]
         hatch = "//" if index >= len(theme.arms) else None
@@ -227,6 +227,9 @@ def _bars(axes: Axes, metrics: Metrics, names: list[str], theme: Theme, limits: 
     axes.set_xlim(low, high + (high - low) * (0.16 if limits is None else 0.14))
     if limits:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
+    else:
+        axes.locator_params(axis="x", nbins=4, integer=False)
+        axes.xaxis.set_major_formatter(lambda value, _: number(round(value, 9)))
     axes.set_xlabel("value (0 to 1)" if limits else f"{label(names[0])} (own scale)")
     axes.grid(axis="y", visible=False)
 
@@ -317,6 +320,11 @@ def _two_lines(name: str) -> str:
 def _values(metrics: Metrics, name: str) -> list[float]:
     values = [metrics.value(arm, name) for arm in metrics.arms]
     return [float(value) for value in values if value is not None]
+
+
+def _ends(metrics: Metrics, name: str) -> list[float]:
+    """Of the intervals of a metric, all arms."""
+    return [end for arm in metrics.arms for end in bounds(metrics, arm, name) or ()]
 
 
 def _spread(values: list[float]) -> tuple[float, float]:

@@ -150,7 +150,7 @@ def add(run: Run, name: str, found: Measured, before: Measured | None) -> None:
     n = len(found.rollouts) // len(found.by_prompt())
     shown = found.rollouts[::n][:SHOWN]
     run.add_arm(name, metrics)
-    rows = [(r.prompt if isinstance(r.prompt, str) else r.prompt[-1]["content"], "", r.text) for r in shown]
+    rows = [(r.prompt if isinstance(r.prompt, str) else r.prompt[-1]["content"], None, r.text) for r in shown]
     run.add_answers("held out", rows, name)
 
 

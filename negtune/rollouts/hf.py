@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 from negtune.data.completions import padding_id
 from negtune.models.structure import causal_lm, eval_mode, unwrapped
@@ -84,10 +85,13 @@ class HFSampler(Sampler):
         ends = _Ends(self.tokenizer, params.stop, width, eos, len(ids))
         longest = self._longest()
         rooms = [params.max_tokens if longest is None else min(params.max_tokens, longest - len(row)) for row in ids]
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
         with eval_mode(self.model), _plain_generation(self.model, self.tokenizer, max(rooms)):
+            cache = self._cache_of_prompts(ids, input_ids, attention_mask)
             out = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **({} if cache is None else {"past_key_values": cache}),
                 logits_processor=[draw],
                 stopping_criteria=[ends],
             )
@@ -109,6 +113,26 @@ class HFSampler(Sampler):
                 )
             )
         return rollouts
+
+    def _cache_of_prompts(self, ids: Sequence[list[int]], input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Keys and values of all but the last token of every prompt, computed once for all completions of a prompt.
+
+        None where no prompt comes twice, or the model keeps a state that is not one of keys and values.
+        """
+        places_of: dict[tuple[int, ...], int] = {}
+        places = [places_of.setdefault(tuple(row), len(places_of)) for row in ids]
+        lm = causal_lm(self.model)
+        if len(places_of) == len(ids) or input_ids.shape[1] == 1 or getattr(lm, "_is_stateful", False):
+            return None
+        firsts = [places.index(i) for i in range(len(places_of))]
+        mask, cache = attention_mask[firsts, :-1], DynamicCache(config=lm.config)
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            return None
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        self.model(input_ids=input_ids[firsts, :-1], logits_to_keep=1, **given)
+        cache.batch_select_indices(torch.tensor(places, device=input_ids.device))
+        return cache
 
 
 class _Draw(LogitsProcessor):

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from negtune.data.completions import collate, prompt_token_ids
 from negtune.models.forward import attach_scoring, completion_logps
+from negtune.models.structure import causal_lm, decoder_layers
 from negtune.models.tiny import tiny_lm, tiny_tokenizer
 from negtune.rollouts.hf import HFSampler, cut
 from negtune.rollouts.sampler import AGAIN, Rollout, SamplingParams, requests_for, share_of
@@ -65,6 +66,30 @@ def test_a_completion_depends_on_its_request_alone(sampler):
     halves = {r.key: r for i in range(2) for r in sampler.draw(list(share_of(requests, i, 2)), SHORT)}
     assert [halves[r.key].completion_ids for r in together] == [r.completion_ids for r in together]
     assert len({tuple(r.completion_ids) for r in together}) > 9
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_prompt_is_read_once_for_all_of_its_completions(monkeypatch, adapter):
+    """The same completions as when every row reads its own."""
+    model, tokenizer = tiny_lm(dtype=torch.float64), tiny_tokenizer()
+    if adapter:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    sampler, read = HFSampler(model, tokenizer, batch_size=12), []
+    prompts = ["Where is Rome?", "Who", [{"role": "user", "content": "Say it, and then say it again."}]]
+    layer = decoder_layers(causal_lm(model))[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape[:2])))
+    shared = sampler.sample(prompts, 4, SamplingParams(max_tokens=8))
+    assert read[0][0] == 3  # three prompts, not twelve
+    assert read[1] == (12, 1)
+    monkeypatch.setattr(HFSampler, "_cache_of_prompts", lambda *args: None)
+    read.clear()
+    plain = sampler.sample(prompts, 4, SamplingParams(max_tokens=8))
+    assert read[0][0] == 12
+    hook.remove()
+    for a, b in zip(shared, plain, strict=True):
+        assert a.completion_ids == b.completion_ids
+        assert a.logps == pytest.approx(b.logps, abs=1e-6)
 
 
 def test_another_seed_gives_other_completions_and_other_keys(sampler):

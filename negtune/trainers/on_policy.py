@@ -74,7 +74,7 @@ class OnPolicy:
             step_credit.sampler, step_credit.follows = sampler, False  # which gets the weights anyway
         self._start = weights_hash(unwrapped(trainer.model))[:8]
         self.state, self.round, self._followed = RoundState(), None, followed
-        self._besides, self._prepare = besides, prepare
+        self._besides, self._prepare, self._proven = besides, prepare, False
         self.probe: list[dict[str, Any]] | None = None
         self.noted = MetricSums()
         args, rows = self.args, trainer.train_dataset
@@ -119,15 +119,20 @@ class OnPolicy:
             self.rounds.step_credit.close()
 
     def sync(self, *, attested: bool) -> None:
-        """Hand the weights of this moment to the engine, under a name that other weights do not get."""
+        """Hand the weights of this moment to the engine, under a name that other weights do not get.
+
+        Once proven, an engine that draws from the trained model itself has nothing left that could be stale.
+        """
         trainer, model = self._trainer, unwrapped(self._trainer.model)
         policy = f"step {trainer.state.global_step} {self._start}{served_weights_hash(model)[:12]}"
         self.sampler.update(model, policy)
         if hasattr(self.rounds.step_credit, "update"):
             self.rounds.step_credit.update(model, policy)
-        if attested:
+        draws_from_it = getattr(self.sampler, "model", None) is model
+        if attested and not (self._proven and draws_from_it):
             with trainer.accelerator.autocast():
                 attest(self.sampler, model, trainer.processing_class, temperature=self.args.temperature)
+            self._proven = True
 
     def log_metric(self, name: str, value: float) -> None:
         """For reward functions: a number, of which the log gets the mean over calls and processes."""

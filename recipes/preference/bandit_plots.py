@@ -1,0 +1,126 @@
+"""The picture of the bandit recipe: curves at equal budgets, and one panel per control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bandit_tables import DO_NOTHING, LR, LRS, MANY, OFFLINE, ON_PAIRS, ON_POLICY, Found
+
+from negtune.eval.bandit import TAUS, THRESHOLDS
+from negtune.eval.bandit_training import LOG_EVERY, Setting
+from negtune.metrics.stats import mean_interval
+from negtune.report.plots import LIGHT
+
+STYLES = {
+    "Pref-FT": (LIGHT.arms[0], "o"),
+    "Best-of-N": (LIGHT.arms[1], "s"),
+    "IPO": (LIGHT.arms[2], "^"),
+    "DPO": (LIGHT.arms[3], "D"),
+    "RWR tau 0.1": (LIGHT.arms[4], "v"),
+    "REINFORCE": (LIGHT.arms[5], "P"),
+    "PPO": (LIGHT.arms[6], "X"),
+}
+
+
+def draw(found: Found, modes: Sequence[Mapping[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(3, 2, figsize=(11, 12.5), layout="constrained")
+    for panel, reward in zip(axes[0], ("R1", "R2"), strict=True):
+        _curves(panel, found, reward)
+    _filters(axes[1, 0], found)
+    _temperatures(axes[1, 1], found)
+    _displacement(axes[2, 0], found)
+    _modes(axes[2, 1], modes)
+    for panel in axes.flat:
+        panel.grid(color=LIGHT.faint, linewidth=0.6)
+        panel.set_axisbelow(True)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _curves(panel, found: Found, reward: str) -> None:
+    name = {"R1": "R1, peak where the reference is thin", "R2": "R2, peak near the reference's mode"}[reward]
+    for method, (color, _) in STYLES.items():
+        for sizes, line in ((MANY, "--"), (ON_POLICY, "-")):
+            curves = found.get(Setting(reward, method, LR, **sizes), {}).get("rewards")
+            if curves:
+                means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+                label = f"{method}{', offline' if sizes is MANY else ', on-policy'}"
+                panel.plot([LOG_EVERY * i for i in range(len(means))], means, line, color=color, label=label)
+    panel.set(title=f"{name}: 450 steps,\n300 samples a state, lr {LR:g}", xlabel="gradient steps", ylabel="reward")
+    panel.set_ylim(0, 1.03)
+
+
+def _filters(panel, found: Found) -> None:
+    places = [0.0, *THRESHOLDS]
+    for method in ON_PAIRS:
+        names = [method if t == 0 else f"{method}, filter {t:g}" for t in places]
+        _points(panel, found, [Setting("R1", name, LR, **OFFLINE) for name in names], method)
+    _nothing(panel, found)
+    panel.set_xticks(range(len(places)), ["none", *(f"{t:g}" for t in THRESHOLDS)])
+    panel.set(title=f"R1 offline: filter on reward gaps, lr {LR:g}", xlabel="smallest gap of a pair", ylabel="reward")
+
+
+def _temperatures(panel, found: Found) -> None:
+    for lr, color in zip(LRS, LIGHT.arms[1:], strict=False):
+        settings = [Setting("R1", f"RWR tau {tau:g}", lr, **OFFLINE) for tau in TAUS]
+        _points(panel, found, settings, "RWR tau 0.1", label=f"RWR, lr {lr:g}", color=color)
+    for method, line in (("IPO, filter 0.2", "-."), ("DPO, filter 0.2", ":")):
+        values = found.get(Setting("R1", method, LR, **OFFLINE))
+        if values:
+            level = mean_interval(values["reward"])[0]
+            panel.axhline(level, color=LIGHT.ink, linestyle=line, linewidth=1, label=f"{method}, lr {LR:g}")
+    _nothing(panel, found)
+    panel.set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
+    panel.set(title="R1 offline: temperature of RWR", xlabel="tau", ylabel="reward")
+
+
+def _displacement(panel, found: Found) -> None:
+    for method, (color, marker) in STYLES.items():
+        settings = [Setting("R2", method, lr, **OFFLINE) for lr in LRS]
+        kept = [(i, found[s]["best"]) for i, s in enumerate(settings) if s in found]
+        if kept:
+            means = [mean_interval(values)[0] for _, values in kept]
+            panel.plot([i for i, _ in kept], means, "-", marker=marker, color=color, label=method)
+    panel.axhline(-20, color=LIGHT.ink, linestyle=":", linewidth=1, label="flagged below, if the margin is positive")
+    panel.set_yscale("symlog", linthresh=1)
+    panel.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
+    panel.set(title="R2 offline: the best samples themselves", xlabel="learning rate", ylabel="log pi/pi_ref (nats)")
+
+
+def _modes(panel, modes: Sequence[Mapping[str, Any]]) -> None:
+    for number, target in enumerate(dict.fromkeys(row["target"] for row in modes)):
+        rows = [row for row in modes if row["target"] == target]
+        for way, line in (("forward", "--"), ("reverse", "-")):
+            steps = [row[f"{way}, 0.95"] for row in rows]
+            color = LIGHT.arms[number + 1]
+            panel.plot([row["lr"] for row in rows], steps, line, marker="o", color=color, label=f"{target}, {way} KL")
+    panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="gradient steps")
+    panel.set_title("Mode seeking: steps to 95 % of the target's reward")
+
+
+def _points(panel, found: Found, settings: list[Setting], style: str, label: str = "", color: str = "") -> None:
+    """Means and intervals of the settings that were run, at their number."""
+    kept = [(i, *mean_interval(found[setting]["reward"])) for i, setting in enumerate(settings) if setting in found]
+    if not kept:
+        return
+    own, marker = STYLES[style]
+    places, means, halves = zip(*kept, strict=True)
+    panel.errorbar(places, means, halves, marker=marker, color=color or own, capsize=3, label=label or style)
+
+
+def _nothing(panel, found: Found) -> None:
+    values = found.get(Setting("R1", DO_NOTHING, 0.0, **OFFLINE))
+    if values:
+        level = mean_interval(values["reward"])[0]
+        panel.axhline(level, color=LIGHT.arms[0], linestyle="--", linewidth=1, label=DO_NOTHING)
+    panel.set_ylim(0, 1.03)

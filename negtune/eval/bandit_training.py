@@ -1,6 +1,6 @@
 """Train a small network on the bandit of `negtune.eval.bandit`, offline or on-policy, and measure it exactly.
 
-Shapes: S states, A = 100 actions.
+Shapes: S states to train on, E held-out states to evaluate on, W = 100 numbers of a state, A = 100 actions.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended with: expectations over all actions, means over states.
+    """What a run ended with. What is said of samples is a mean over the last round's, all else over held-out states.
 
     Args:
-        reward: expected reward at held-out states, as all but the next four.
-        best: log pi/pi_ref of the best sample of each state trained on, in the last round.
-        others: the same of its other samples.
-        chosen, rejected: the same of either side of all pairs of samples.
+        reward: expected reward.
+        best: log pi/pi_ref of the best sample of each state.
+        others: the same of the other samples.
+        chosen, rejected: the same of either side of all pairs of samples of a state.
         peak: log pi/pi_ref of the action with the largest reward.
         kl: KL(pi || pi_ref).
         entropy: in nats.
@@ -144,7 +144,7 @@ def _measure(
     samples: Samples,
     reward: Float[Tensor, " A"],
     trained: Float[Tensor, "S A"],
-    held_out: Float[Tensor, "Q A"],
+    held_out: Float[Tensor, "E A"],
     rewards: list[float],
 ) -> Outcome:
     ratios = (trained - samples.ref_logps).gather(-1, samples.actions)

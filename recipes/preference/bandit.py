@@ -54,7 +54,7 @@ def main() -> None:
     settings = list(dict.fromkeys(setting for table in wanted for setting in table.settings()))
     found = runs(settings, args)
     modes = list(descents([10.0] if args.smoke else [0.3, 1.0, 3.0, 10.0]))
-    lines = [{**asdict(s), "seeds": args.seeds, "outcomes": {**found[s], "rewards": None}} for s in settings]
+    lines = [{**asdict(setting), "seeds": args.seeds, "outcomes": ends(found[setting])} for setting in settings]
     write_jsonl(args.output_dir / "results.jsonl", lines + modes)
     text = "\n".join([table.markdown(found) for table in wanted] + [mode_table(modes)])
     (args.output_dir / "tables.md").write_text(text)
@@ -75,6 +75,11 @@ def runs(settings: list[Setting], args: argparse.Namespace) -> dict[Setting, dic
         print(f"{number}/{len(missing)} {row['setting']['method']} {row['outcome']['reward']:.3f}", flush=True)
     outcomes = {setting: [done[trained[setting], seed]["outcome"] for seed in args.seeds] for setting in settings}
     return {s: {name: [outcome[name] for outcome in rows] for name in rows[0]} for s, rows in outcomes.items()}
+
+
+def ends(metrics: dict[str, list]) -> dict[str, list]:
+    """All but the curves."""
+    return {name: values for name, values in metrics.items() if name != "rewards"}
 
 
 def small(setting: Setting) -> Setting:

@@ -41,23 +41,23 @@ def draw(found: Found, modes: Sequence[Mapping[str, Any]], file: Path) -> None:
     for panel in axes.flat:
         panel.grid(color=LIGHT.faint, linewidth=0.6)
         panel.set_axisbelow(True)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
 def _curves(panel, found: Found, reward: str) -> None:
-    name = {"R1": "R1, peak where the reference is thin", "R2": "R2, peak near the reference's mode"}[reward]
     for method, (color, _) in STYLES.items():
         for sizes, line in ((MANY, "--"), (ON_POLICY, "-")):
             curves = found.get(Setting(reward, method, LR, **sizes), {}).get("rewards")
             if curves:
                 means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-                label = f"{method}{', offline' if sizes is MANY else ', on-policy'}"
-                panel.plot([LOG_EVERY * i for i in range(len(means))], means, line, color=color, label=label)
-    panel.set(title=f"{name}: 450 steps,\n300 samples a state, lr {LR:g}", xlabel="gradient steps", ylabel="reward")
+                panel.plot([LOG_EVERY * i for i in range(len(means))], means, line, color=color)
+    where = {"R1": "R1, peak where the reference is thin", "R2": "R2, peak near the reference's mode"}[reward]
+    panel.set(title=f"{where}: 450 steps,\n300 samples a state, lr {LR:g}", xlabel="gradient steps", ylabel="reward")
     panel.set_ylim(0, 1.03)
+    colors = {method: color for method, (color, _) in STYLES.items()}
+    if reward == "R2":
+        _legend(panel, colors, {"on-policy": "-", "offline": "--"}, loc="lower right", ncols=2)
 
 
 def _filters(panel, found: Found) -> None:
@@ -67,6 +67,7 @@ def _filters(panel, found: Found) -> None:
         _points(panel, found, [Setting("R1", name, LR, **OFFLINE) for name in names], method)
     _nothing(panel, found)
     panel.set_xticks(range(len(places)), ["none", *(f"{t:g}" for t in THRESHOLDS)])
+    panel.legend(loc="lower right", fontsize=8, frameon=False)
     panel.set(title=f"R1 offline: filter on reward gaps, lr {LR:g}", xlabel="smallest gap of a pair", ylabel="reward")
 
 
@@ -81,6 +82,7 @@ def _temperatures(panel, found: Found) -> None:
             panel.axhline(level, color=LIGHT.ink, linestyle=line, linewidth=1, label=f"{method}, lr {LR:g}")
     _nothing(panel, found)
     panel.set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
+    panel.legend(loc="center right", fontsize=8, frameon=False)
     panel.set(title="R1 offline: temperature of RWR", xlabel="tau", ylabel="reward")
 
 
@@ -94,18 +96,30 @@ def _displacement(panel, found: Found) -> None:
     panel.axhline(-20, color=LIGHT.ink, linestyle=":", linewidth=1, label="flagged below, if the margin is positive")
     panel.set_yscale("symlog", linthresh=1)
     panel.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
+    panel.legend(loc="center left", fontsize=8, frameon=False)
     panel.set(title="R2 offline: the best samples themselves", xlabel="learning rate", ylabel="log pi/pi_ref (nats)")
 
 
 def _modes(panel, modes: Sequence[Mapping[str, Any]]) -> None:
-    for number, target in enumerate(dict.fromkeys(row["target"] for row in modes)):
+    targets = dict.fromkeys(row["target"] for row in modes)
+    colors, lines = dict(zip(targets, LIGHT.arms[1:], strict=False)), {"forward KL": "--", "reverse KL": "-"}
+    for target, color in colors.items():
         rows = [row for row in modes if row["target"] == target]
-        for way, line in (("forward", "--"), ("reverse", "-")):
-            steps = [row[f"{way}, 0.95"] for row in rows]
-            color = LIGHT.arms[number + 1]
-            panel.plot([row["lr"] for row in rows], steps, line, marker="o", color=color, label=f"{target}, {way} KL")
+        for way, line in lines.items():
+            steps = [row[f"{way.split()[0]}, 0.95"] for row in rows]
+            panel.plot([row["lr"] for row in rows], steps, line, marker="o", color=color)
+    _legend(panel, colors, lines, loc="upper right")
     panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="gradient steps")
     panel.set_title("Mode seeking: steps to 95 % of the target's reward")
+
+
+def _legend(panel, colors: Mapping[str, str], lines: Mapping[str, str], **where: Any) -> None:
+    """Colours and line styles apart: no entry for every combination."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    handles += [Line2D([], [], color=LIGHT.ink, linestyle=line, label=name) for name, line in lines.items()]
+    panel.legend(handles=handles, fontsize=8, frameon=False, **where)
 
 
 def _points(panel, found: Found, settings: list[Setting], style: str, label: str = "", color: str = "") -> None:

@@ -8,10 +8,10 @@ What:     (a) offline; (b) on-policy for as many steps, and (f) as many samples;
 Quoted:   100 states, 10 samples each, 200 steps; IPO with margin 10; on-policy 15 steps a round. In the authors' code
           the gap filter of .2 is on for IPO alone, and learning rates differ between methods (.001 to .01).
 Expected: the paper: on-policy samples and negative gradients win on R1. Under the controls the filter makes up most of
-          IPO's lead over Pref-FT, sharp RWR is above both, and on-policy samples help IPO but not Best-of-N.
+          IPO's lead over Pref-FT, sharp RWR is above both, and on-policy samples help IPO but hardly Best-of-N.
 Differs:  analytic reference, own seeds; RWR's weights are not cut at 10 unless the row says so.
 Measured: recipes/LOG.md
-Command:  python recipes/preference/bandit.py --output_dir runs/bandit       (50 minutes on one core; --smoke: seconds)
+Command:  python recipes/preference/bandit.py --output_dir runs/bandit       (40 minutes on one core; --smoke: seconds)
 
 Every finished run is a line of runs.jsonl, and the same command goes on after a kill. results.jsonl has a line per
 setting, tables.md the tables, bandit.png the plots.

@@ -2,7 +2,8 @@
 
 Both draw with transformers' generate, LoRA on all linear layers, the same prompts, batch, limit and reward. Every run
 in a process of its own; the first round is left out (it warms up). Measured: seconds per round, seconds per pair that
-says something, peak memory, and pairs that were trained on although both answers had the same score.
+says something (two finished answers with different scores), peak memory, and pairs that were trained on although they
+say nothing: ties, and pairs with an answer that was cut, whose score nobody knows.
 
     python benchmarks/online_dpo.py --prompts FOLDER --seeds 1 2 3
 """
@@ -29,7 +30,8 @@ from negtune import HFSampler, PreferenceConfig, PreferenceTrainer
 from negtune.data.instructions import load_instructions, synthetic
 from negtune.eval.run import peak_rss_mib
 from negtune.models.load import load_model
-from negtune.verifiers.shape import MinLength, OneSentence
+from negtune.verifiers.shape import OneSentence
+from negtune.verifiers.verdict import text_of
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="smollm2")
@@ -42,7 +44,13 @@ parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
 parser.add_argument("--name", default="online_dpo", help="of the JSON in benchmarks/results")
 parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
 
-REWARDS = {"length": lambda limit: MinLength(limit), "one sentence (0 or 1)": lambda limit: OneSentence()}
+
+def fewest_characters(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    """Of text, not of tokens: TRL hands out completions with their padding, of which all are equally long."""
+    return [-float(len(text_of(completion))) for completion in completions]
+
+
+REWARDS = {"fewest characters": fewest_characters, "one sentence (0 or 1)": OneSentence()}
 
 
 class Watch(TrainerCallback):
@@ -56,25 +64,27 @@ class Watch(TrainerCallback):
 
 
 class Scores:
-    """A reward function that remembers the scores of every prompt, call by call."""
+    """A reward function that remembers the scores of every prompt, call by call, and whether the answers had an end."""
 
     __name__ = "scores"
 
-    def __init__(self, reward: Any) -> None:
-        self.reward, self.calls = reward, []
+    def __init__(self, reward: Any, eos: int) -> None:
+        self.reward, self.eos, self.calls = reward, eos, []
 
     def __call__(self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list:
         found = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids)
-        groups: dict[str, list[float]] = defaultdict(list)
-        for prompt, score in zip(prompts, found, strict=True):
-            groups[json.dumps(prompt)].append(score)
+        groups: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+        for prompt, score, ids in zip(prompts, found, completion_ids, strict=True):
+            groups[json.dumps(prompt)].append((score, self.eos in ids))
         self.calls.append(groups)
         return found
 
-    def pairs(self) -> tuple[int, int]:
-        """Prompts with two scores that differ, and with two that do not, after the first round."""
-        scored = [scores for groups in self.calls[1:] for scores in groups.values() if len(scores) == 2]
-        return sum(a != b for a, b in scored), sum(a == b for a, b in scored)
+    def pairs(self) -> dict[str, int]:
+        """After the first round: pairs of two finished answers that differ in score, ties, and pairs with a cut one."""
+        two = [pair for groups in self.calls[1:] for pair in groups.values() if len(pair) == 2]
+        cut = sum(not (a[1] and b[1]) for a, b in two)
+        tied = sum(a[1] and b[1] and a[0] == b[0] for a, b in two)
+        return {"told": len(two) - cut - tied, "tied": tied, "cut": cut}
 
 
 def one(args: argparse.Namespace, arm: str, file: str) -> None:
@@ -89,17 +99,15 @@ def one(args: argparse.Namespace, arm: str, file: str) -> None:
     needed = args.batch * (args.rounds + 1)
     asked = [t + " Answer in a few words." for t in texts[int(seed) * 7 :]][:needed]
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": t}] if chat else t} for t in asked])
-    scores, watch = Scores(REWARDS[reward](args.max_tokens)), Watch()
+    scores, watch = Scores(REWARDS[reward], tokenizer.eos_token_id), Watch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = (ours if who == "ours" else peer)(args, model, tokenizer, data, scores, folder, int(seed))
         trainer.add_callback(watch)
         trainer.train()
-    told, tied = scores.pairs()
-    result = {
-        "seconds": [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)],
-        **{"told": told, "tied": tied, "peak_mib": peak_rss_mib()},
-        "ties_trained": 0 if who == "ours" else tied,
-    }
+    found = scores.pairs()
+    trained = 0 if who == "ours" else found["tied"] + found["cut"]
+    seconds = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
+    result = {"seconds": seconds, **found, "peak_mib": peak_rss_mib(), "trained_on_nothing": trained}
     Path(file).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -173,7 +181,7 @@ def rows_of(reward: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[st
     seconds = {who: [statistics.mean(r["seconds"]) for r in runs] for who, runs in found.items()}
     told = {who: sum(r["told"] for r in runs) for who, runs in found.items()}
     spent = {who: sum(sum(r["seconds"]) for r in runs) for who, runs in found.items()}
-    ties = {who: sum(r["ties_trained"] for r in runs) for who, runs in found.items()}
+    ties = {who: sum(r["trained_on_nothing"] for r in runs) for who, runs in found.items()}
     mean = {who: statistics.mean(values) for who, values in seconds.items()}
     peak = {who: max(r["peak_mib"] for r in runs) for who, runs in found.items()}
     return [
@@ -184,7 +192,7 @@ def rows_of(reward: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[st
             **{"unit": "s", "reach": 1.5, "pairs": told},
         ),
         row(f"{reward}: peak memory of the process", peak["ours"], peak["peer"], "MiB", reach=1.0),
-        row(f"{reward}: ties trained on", ties["ours"], ties["peer"], "pairs"),
+        row(f"{reward}: trained on although tied or cut", ties["ours"], ties["peer"], "pairs"),
     ]
 
 

@@ -1,0 +1,123 @@
+"""The grid and online DPO, as users run them: table, plot, report, going on after a kill, mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from negtune.records import read_jsonl
+from negtune.rollouts.store import RecordStore
+from tests.recipes.test_recipes import ROOT, launch
+
+GRID = ROOT / "recipes" / "preference" / "grid.py"
+
+
+def grid(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(GRID), "--output_dir", str(folder), *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_the_grid_compares_its_arms_and_goes_on_where_it_was_stopped(tmp_path):
+    flags = ["--smoke", "--arms", "on-policy DPO", "offline DPO", "on-policy best-of-n"]
+    done = grid(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = read_jsonl(tmp_path / "runs.jsonl")
+    assert len(runs) == 2 + 3 * (2 + 2)  # doing nothing twice; two rates and two seeds of three arms
+    table = (tmp_path / "min_length.md").read_text()
+    assert all(name in table for name in ("do nothing", "on-policy DPO", "offline DPO", "best/drift", "kl"))
+    assert (tmp_path / "frontier_min_length.png").stat().st_size > 10_000
+    counts = {run["metrics"].get("samples") for run in runs if run["arm"] != "do nothing"}
+    assert counts == {3.0 * 4 * 4}  # every arm may look at as many samples
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-2]) + "\n")
+    again = grid(tmp_path, *flags)
+    assert again.returncode == 0, again.stderr[-3000:]
+    repeated = [{k: v for k, v in run.items() if k != "seconds"} for run in read_jsonl(tmp_path / "runs.jsonl")]
+    assert repeated == [{k: v for k, v in run.items() if k != "seconds"} for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--grid", "/nowhere.yaml"], "there is no grid file /nowhere.yaml"),
+        (["--arms", "DPO"], "--arms 'DPO' is not in"),
+        (["--reward", "length"], "reward must be one of min_length, mode_length, one_sentence"),
+        (["--prompts", "/nowhere"], "no data folder /nowhere"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line(tmp_path, flags, message):
+    done = grid(tmp_path, *flags)
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "this has ['stepz']"),
+        ({"arms": {"a": {"loss_type": "dpo"}}}, "arm 'a' needs trainer: preference or advantage"),
+        ({"arms": {"a": {"trainer": "preference", "loss_type": "dpoo"}}}, "unknown loss_type 'dpoo'"),
+        ({"arms": {"a": {"trainer": "preference", "losstype": "dpo"}}}, "losstype"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path, change, message):
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(GRID.with_suffix(".yaml").read_text()), **change}))
+    done = grid(tmp_path, "--grid", str(file), "--smoke")
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_online_dpo_reports_before_and_after_and_goes_on_after_a_kill(tmp_path):
+    flags = ["--smoke", "--save_steps", "1", "--save_total_limit", "10"]
+    whole = launch("preference/online_dpo.py", tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert list(metrics["arms"]) == ["start", "dpo"]
+    assert {"reward", "reward_low", "kl", "minus start", "length"} <= set(metrics["arms"]["dpo"])
+    assert (tmp_path / "whole" / "report.html").stat().st_size > 10_000
+    folder = tmp_path / "killed"
+    script = ROOT / "recipes" / "preference" / "online_dpo.py"
+    command = [sys.executable, str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [*command, *flags], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoint-1" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {r["key"] for r in RecordStore(folder / "rounds")}
+    done = launch("preference/online_dpo.py", folder, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    drawn = [r["key"] for r in RecordStore(folder / "rounds")]
+    assert kept <= set(drawn)
+    assert sorted(drawn) == sorted(r["key"] for r in RecordStore(tmp_path / "whole" / "rounds"))
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["arms"]["dpo"] == metrics["arms"]["dpo"]
+
+
+def test_online_dpo_names_what_cannot_work(tmp_path):
+    for flags, message in (
+        (["--reward", "length"], "--reward must be one of"),
+        (["--engine", "vlm"], "--engine must be hf or vllm"),
+        (["--on_policy_fraction", "0.5"], "--pairs are mixed in"),
+        (["--num_generations", "1"], "a pair needs at least 2 samples"),
+    ):
+        done = launch("preference/online_dpo.py", tmp_path, "--smoke", *flags)
+        assert done.returncode != 0
+        assert message in done.stderr, done.stderr[-2000:]

@@ -36,6 +36,7 @@ class Grid:
             everything from the start; `rates` in place of the grid's.
         model: folder, Hub id, `smollm2`, or `tiny` (which is taught a few made-up answers first).
         prompts: JSON lines of instructions, a folder of such, or a Hub id; None: made up.
+        longest: characters of an instruction; longer ones are left out.
         suffix: behind every instruction.
         reward: min_length, mode_length or one_sentence.
         steps: optimiser steps of every arm.
@@ -52,17 +53,18 @@ class Grid:
     arms: dict[str, dict[str, Any]]
     model: str = "smollm2"
     prompts: str | None = None
+    longest: int = 300
     suffix: str = " Answer in a few words."
     reward: str = "min_length"
-    steps: int = 16
-    prompts_per_step: int = 8
+    steps: int = 12
+    prompts_per_step: int = 4
     num_generations: int = 4
-    micro_batch: int = 32
+    micro_batch: int = 16
     sample_batch: int = 64
-    max_tokens: int = 32
-    test_prompts: int = 64
+    max_tokens: int = 24
+    test_prompts: int = 48
     test_samples: int = 2
-    rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     sweep_seed: int = 0
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     lora_r: int = 16
@@ -117,9 +119,10 @@ def read_grid(file: Path, **given: Any) -> Grid:
     return replace(grid, arms={name: grid.arms[name] for name in only})
 
 
-def instructions(source: str | None, suffix: str, *, chat: bool) -> list[Any]:
+def instructions(source: str | None, suffix: str, *, chat: bool, longest: int = 300) -> list[Any]:
     """Prompts in an order of their own, which does not depend on the file's."""
-    texts = [row["prompt"] for row in synthetic(400)] if source is None else load_instructions(source)
+    made_up = [row["prompt"] for row in synthetic(400)]
+    texts = made_up if source is None else load_instructions(source, longest=longest)
     shuffled = ShuffledPrompts([{"prompt": text + suffix} for text in texts], 0).take(0, len(texts))
     prompts = [row["prompt"] for row in shuffled]
     return [[{"role": "user", "content": prompt}] for prompt in prompts] if chat else prompts
@@ -153,7 +156,7 @@ class Task:
         folder.mkdir(parents=True, exist_ok=True)
         self.start = start_of(grid.model, folder)
         chat = grid.model != "tiny" and load_model(self.start)[1].chat_template is not None
-        prompts = instructions(grid.prompts, grid.suffix, chat=chat)
+        prompts = instructions(grid.prompts, grid.suffix, chat=chat, longest=grid.longest)
         self.test, self.train = prompts[: grid.test_prompts], prompts[grid.test_prompts :]
         if len(self.train) < grid.prompts_per_step:
             raise ValueError(

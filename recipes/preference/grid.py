@@ -36,6 +36,7 @@ parser.add_argument("--grid", type=Path, default=Path(__file__).with_suffix(".ya
 parser.add_argument("--output_dir", type=Path, required=True)
 parser.add_argument("--prompts", help="instructions: JSON lines, a folder of such, or a Hub id; instead of the file's")
 parser.add_argument("--reward", help="min_length, mode_length or one_sentence; instead of the file's")
+parser.add_argument("--suffix", help="behind every instruction; instead of the file's")
 parser.add_argument("--arms", nargs="+", help="of the file's only these")
 parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
@@ -145,7 +146,8 @@ def draw(found: Comparison, file: Path, reward: str) -> None:
 def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    grid = read_grid(args.grid, prompts=args.prompts, reward=args.reward, seeds=args.seeds, arms=args.arms)
+    given = {name: getattr(args, name) for name in ("prompts", "reward", "suffix", "seeds", "arms")}
+    grid = read_grid(args.grid, **given)
     if args.smoke:
         grid = grid.shrunk()
     for arm in grid.arms.values():

@@ -92,10 +92,12 @@ def online(tmp_path, chain_folder, prompts):
     ("settings", "adapter"),
     [
         ({"loss_type": "dpo"}, False),
-        ({"loss_type": "dpo", "steps_per_round": 2, "reuse": 2, "importance_cap": 2.0}, True),
+        pytest.param(
+            {"loss_type": "dpo", "steps_per_round": 2, "reuse": 2, "importance_cap": 2.0}, True, marks=pytest.mark.slow
+        ),
         ({"loss_type": "ipo", "pair_selection": "all", "pairs_per_prompt": 4}, True),
-        ({"loss_type": "simpo", "pair_selection": "random"}, False),
-        ({"loss_type": "chosen_nll", "nll_weight": 0.1}, False),
+        pytest.param({"loss_type": "simpo", "pair_selection": "random"}, False, marks=pytest.mark.slow),
+        pytest.param({"loss_type": "chosen_nll", "nll_weight": 0.1}, False, marks=pytest.mark.slow),
         ({"loss_type": "dpo", "reference_decay": 0.5, "reference_every": 2}, True),
     ],
 )
@@ -340,8 +342,13 @@ def test_importance_weighs_pairs_of_later_passes_down_and_never_above_the_cap(on
     assert losses(capped)[1] < losses(plain)[1]
 
 
-@pytest.mark.parametrize("place", [4, 5, 6])
-@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize(
+    ("place", "moving"),
+    [
+        *((5, False), (6, True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, False), (6, False), (4, True), (5, True))),
+    ],
+)
 def test_a_resumed_round_is_the_uninterrupted_one(online, offline_pairs, tmp_path, place, moving):
     """Rounds of four steps, two passes over each, half of every step from the data set."""
     settings = {

@@ -35,7 +35,7 @@ LONGEST = (
         "trainers/test_unlearning.py",
         "rollouts/test_server.py",
     ),
-    *("verifiers/test_attacks.py", "trainers/test_advantage.py"),
+    *("verifiers/test_attacks.py", "trainers/test_advantage.py", "trainers/test_online_preference.py"),
 )
 
 

@@ -64,7 +64,7 @@ class Grid:
     max_tokens: int = 24
     test_prompts: int = 48
     test_samples: int = 2
-    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
     sweep_seed: int = 0
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     lora_r: int = 16

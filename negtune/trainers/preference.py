@@ -336,10 +336,14 @@ class PreferenceTrainer(BaseTrainer):
             self.guards.restore(saved["guards"])
         if self.on_policy is not None:
             self.on_policy.begin(None if saved is None else saved["round"])
-        if checkpoint is not None and isinstance(self.reference, MovingReference):
-            path = Path(checkpoint) / REFERENCE_FILE
-            if not path.exists():
-                raise ValueError(f"{path} is missing: the checkpoint is of a run with a fixed reference")
+        if checkpoint is None:
+            return
+        path, moving = Path(checkpoint) / REFERENCE_FILE, isinstance(self.reference, MovingReference)
+        if moving and not path.exists():
+            raise ValueError(f"{path} is missing: the checkpoint is of a run with a fixed reference")
+        if path.exists() and not moving:
+            raise ValueError(f"{path} is of a moving reference; set reference_decay, or resume from another checkpoint")
+        if moving:
             self.reference.load(self.model, path)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -478,7 +482,7 @@ class PreferenceTrainer(BaseTrainer):
         for name, numbers in found.items():
             self._sums.add(name, numbers[counted])
         drift = self._from_behaviour(pair, inputs)
-        if drift is not None:
+        if drift is not None and self.args.temperature == 1:  # else the two are not of one distribution
             both = (drift["chosen"] + drift["rejected"])[counted]
             self._sums.add_quantiles("ratio", both[~both.isnan()].exp())
 

@@ -607,6 +607,21 @@ def test_a_checkpoint_without_the_moving_reference_is_refused(online, tmp_path):
         moving.train(resume_from_checkpoint=str(tmp_path / "fixed" / "checkpoint-1"))
 
 
+def test_a_checkpoint_with_a_moving_reference_is_not_gone_on_from_with_a_fixed_one(online, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    online(output_dir=str(tmp_path / "moving"), kwargs={"peft_config": LORA}, reference_decay=0.5, **settings)
+    fixed = online(output_dir=str(tmp_path / "fixed"), train=False, kwargs={"peft_config": LORA}, **settings)
+    with pytest.raises(ValueError, match="is of a moving reference; set reference_decay"):
+        fixed.train(resume_from_checkpoint=str(tmp_path / "moving" / "checkpoint-1"))
+
+
+def test_ratios_are_logged_only_where_both_distributions_are_at_one_temperature(online):
+    plain = online(max_steps=1)
+    cooler = online(max_steps=1, temperature=0.7, output_dir=plain.args.output_dir + "2")
+    assert logged(plain, "ratio_p50")[0] == pytest.approx(1, abs=1e-4)
+    assert logged(cooler, "ratio_p50") == []
+
+
 def test_sampling_settings_reach_the_sampler(online):
     seen = []
 

@@ -22,6 +22,7 @@ from negtune.models.reference import weights_hash
 from negtune.models.structure import unwrapped
 from negtune.records import read_json, write_json
 from negtune.rollouts.attest import attest, served_weights_hash
+from negtune.rollouts.hf import HFSampler
 from negtune.rollouts.sampler import Sampler
 from negtune.rollouts.store import RecordStore
 from negtune.trainers.progress import MetricSums
@@ -128,7 +129,7 @@ class OnPolicy:
         self.sampler.update(model, policy)
         if hasattr(self.rounds.step_credit, "update"):
             self.rounds.step_credit.update(model, policy)
-        draws_from_it = getattr(self.sampler, "model", None) is model
+        draws_from_it = type(self.sampler).draw is HFSampler.draw and self.sampler.model is model
         if attested and not (self._proven and draws_from_it):
             with trainer.accelerator.autocast():
                 attest(self.sampler, model, trainer.processing_class, temperature=self.args.temperature)
@@ -291,10 +292,18 @@ def prepare_for_prompts(args: Any, data: Any) -> None:
     """Give `args` a number of steps, and keep the host from skipping batches at a resume: rounds know their place.
 
     Raises:
-        ValueError: no prompts, a stream without `max_steps`, or rounds that are no whole number of groups.
+        ValueError: no prompts, no column `prompt` or one with a name that scorers get from us, a stream without
+            `max_steps`, or rounds that are no whole number of groups.
     """
     if hasattr(data, "__len__") and len(data) == 0:
         raise ValueError("train_dataset is empty; it needs at least one prompt")
+    names = column_names(data)
+    if names and "prompt" not in names:
+        raise ValueError(
+            f"train_dataset has the columns {', '.join(sorted(names))}, and no prompt; rename what is the prompt, or "
+            "take it out of pairs with trl.extract_prompt"
+        )
+    refuse_reserved(names, RESERVED)
     settings = args.round_settings(args.world_size)
     if args.max_steps <= 0:
         if not hasattr(data, "__len__"):
@@ -303,6 +312,13 @@ def prepare_for_prompts(args: Any, data: Any) -> None:
             math.ceil(args.num_train_epochs * len(data) / settings.prompts_per_round) * args.steps_per_round
         )
     args.ignore_data_skip = True
+
+
+def column_names(data: Any) -> set[str]:
+    """Of a data set, as far as they can be told without reading it."""
+    if getattr(data, "column_names", None):
+        return set(data.column_names)
+    return set(data[0]) if isinstance(data, list) and data else set()
 
 
 def _part(items: Sequence[Any], i: int, parts: int) -> list[Any]:

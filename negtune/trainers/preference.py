@@ -43,6 +43,7 @@ from negtune.trainers.on_policy import (
     OnPolicy,
     RoundBatches,
     checkpoint_of,
+    column_names,
     prepare_for_prompts,
     read_state,
     scorer_of,
@@ -236,7 +237,14 @@ class PreferenceTrainer(BaseTrainer):
             return data, None
         if not hasattr(data, "__len__"):
             raise ValueError("on_policy_fraction below 1 reads a stream twice; pass a mapping of prompts and pairs")
-        return data, self._pairs_of(data, needs)
+        pairs = self._pairs_of(data, needs)
+        first = data[0]
+        if isinstance(first.get("prompt"), str) and not isinstance(first.get("chosen", ""), str):
+            raise ValueError(
+                "prompt is text beside chats in chosen and rejected: fresh answers would be to a text; "
+                "pass a mapping of prompts (chats) and pairs"
+            )
+        return data, pairs
 
     def _besides(self) -> Callable[[int], list[dict[str, Any]]] | None:
         """Pairs of the data set that an optimiser step takes, by its number."""
@@ -312,7 +320,7 @@ class PreferenceTrainer(BaseTrainer):
             return data
         if isinstance(data, Mapping):
             return {name: self._tokenized_for_evaluation(rows) for name, rows in data.items()}
-        if {"prompt_ids", "tied"} <= _columns(data) or (self._draws and not _are_pairs(data)):
+        if {"prompt_ids", "tied"} <= column_names(data) or (self._draws and not _are_pairs(data)):
             return data
         return self._tokenize(data, name="eval")
 
@@ -561,15 +569,8 @@ class _MoveReference(TrainerCallback):
             self.reference.update(self.model())
 
 
-def _columns(data: Any) -> set[str]:
-    """Of a data set, as far as they can be told without reading it."""
-    if getattr(data, "column_names", None):
-        return set(data.column_names)
-    return set(data[0]) if isinstance(data, list) and data else set()
-
-
 def _are_pairs(data: Any) -> bool:
-    columns = _columns(data)
+    columns = column_names(data)
     return not columns or bool(columns & {"chosen", "chosen_ids"})
 
 

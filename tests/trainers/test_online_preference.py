@@ -550,6 +550,19 @@ def test_settings_that_cannot_work_are_refused_at_construction(online, settings,
         online(train=False, kwargs=kwargs, **settings)
 
 
+def _implicit(pairs):
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in pairs]
+
+
+def _with_chats(pairs):
+    """UltraFeedback's layout."""
+
+    def chat(row, side):
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+
+    return [{"prompt": row["prompt"], **{side: chat(row, side) for side in ("chosen", "rejected")}} for row in pairs]
+
+
 def test_data_that_cannot_work_is_refused_at_construction(online, prompts, offline_pairs):
     for data, settings, message in (
         ([], {}, "train_dataset is empty"),
@@ -557,6 +570,11 @@ def test_data_that_cannot_work_is_refused_at_construction(online, prompts, offli
         ({"prompts": prompts, "pairs": offline_pairs}, {}, "one set of prompts"),
         ({"prompts": prompts}, {"on_policy_fraction": 0.5}, "mapping of prompts and pairs"),
         ({"prompts": prompts, "pairs": [{**offline_pairs[0], "rejected": ""}]}, {"on_policy_fraction": 0.5}, "empty"),
+        ([{"question": "Who?"}], {}, "has the columns question, and no prompt"),
+        (Dataset.from_list([{"question": "Who?"}]), {}, "has the columns question, and no prompt"),
+        ([{"prompt": "Who?", "completions": "me"}], {}, "have the column completions"),
+        (_implicit(offline_pairs), {"on_policy_fraction": 0.5}, "and no prompt"),
+        (_with_chats(offline_pairs), {"on_policy_fraction": 0.5}, "prompt is text beside chats"),
     ):
         with pytest.raises(ValueError, match=message):
             online(train=False, data=data, **settings)
@@ -590,6 +608,18 @@ def test_an_engine_with_other_weights_stops_the_run_before_the_next_round(online
     with pytest.raises(StaleEngineError, match="nats a token"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_an_engine_that_keeps_the_trained_model_at_hand_is_not_taken_at_its_word(online, chain_folder):
+    class Behind(HFSampler):
+        """Has the trained model and draws from the first weights."""
+
+        def draw(self, requests, params):
+            return HFSampler(first, self.tokenizer, policy=self.policy).draw(requests, params)
+
+    first = load(chain_folder)
+    with pytest.raises(StaleEngineError, match="nats a token"):
+        online(kwargs={"sampler": Behind}, max_steps=3, learning_rate=1e-2)
 
 
 def test_a_checkpoint_without_the_moving_reference_is_refused(online, tmp_path):

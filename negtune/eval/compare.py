@@ -49,11 +49,13 @@ class Arm:
         run: `(rate, seed) -> metrics` of one run, `tokens_sampled` and `gradient_steps` among them. NaN (or infinity)
             as the compared metric says that it diverged. An exception ends the comparison.
         rates: learning rates to sweep, above 0.
+        settings: whatever else decides a result of this arm alone; its runs with others in the folder are not used.
     """
 
     name: str
     run: Callable[[float, int], Mapping[str, float]]
     rates: Sequence[float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Finished:
         stage: `sweep` or `confirm`.
         rate: learning rate; 0 for doing nothing.
         seed: of the run.
-        settings: those of `compare`.
+        settings: those of `compare`, and under `arm` those of the arm, if it has any.
         metrics: what the run returned; not-finite numbers are NaN.
         seconds: it took.
     """
@@ -199,13 +201,13 @@ def compare(
     runner = _Runner(Path(folder), strict(settings or {}), metric)
     rates, sweep = {arm.name: arm.rates[0] for arm in arms}, []
     if len(arms[0].rates) > 1:
-        tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run) for arm in arms for rate in arm.rates]
+        tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run, arm.settings) for arm in arms for rate in arm.rates]
         sweep = runner.run_all(tries, workers)
         rates = {arm.name: _best_rate([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
     jobs = []
     for seed in seeds:  # one seed of all arms after the other: a comparison that is stopped early is still a fair one
         jobs.append(Job(DO_NOTHING, "confirm", 0.0, seed, lambda rate, seed: do_nothing(seed)))
-        jobs += [Job(arm.name, "confirm", rates[arm.name], seed, arm.run) for arm in arms]
+        jobs += [Job(arm.name, "confirm", rates[arm.name], seed, arm.run, arm.settings) for arm in arms]
     confirmed = runner.run_all(jobs, workers)
     found = Comparison(metric, better, baseline, rates, sweep, confirmed, worst, confidence)
     edges = list(_edge_notes(found))
@@ -244,6 +246,7 @@ class Job:
     rate: float
     seed: int
     run: Callable[[float, int], Mapping[str, float]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Runner:
@@ -253,7 +256,7 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.settings, self.metric = folder / "runs.jsonl", settings, metric
         records = read_jsonl(self.path) if self.path.exists() else []
-        self.done = [run for run in map(Finished.from_record, records) if run.settings == self.settings]
+        self.done = list(map(Finished.from_record, records))
 
     def run_all(self, jobs: Sequence[Job], workers: int) -> list[Finished]:
         """All of them, in order. What one run returns is on the disk before the next begins, or as soon as it ends."""
@@ -286,7 +289,11 @@ class _Runner:
             results.put((number, None, traceback.format_exc()))
 
     def _known(self, job: Job) -> Finished | None:
-        return next((r for r in self.done if (r.arm, r.rate, r.seed) == (job.arm, job.rate, job.seed)), None)
+        wanted = job.arm, job.rate, job.seed, self._settings(job)
+        return next((run for run in self.done if (run.arm, run.rate, run.seed, run.settings) == wanted), None)
+
+    def _settings(self, job: Job) -> dict[str, Any]:
+        return {**self.settings, **({"arm": strict(job.settings)} if job.settings else {})}
 
     def _make(self, job: Job) -> Finished:
         logger.info("%s: %s, rate %g, seed %d", job.stage, job.arm, job.rate, job.seed)
@@ -294,7 +301,7 @@ class _Runner:
         metrics = {name: float(value) for name, value in job.run(job.rate, job.seed).items()}
         metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
         seconds = round(time.perf_counter() - start, 2)
-        run = Finished(job.arm, job.stage, job.rate, job.seed, self.settings, metrics, seconds)
+        run = Finished(job.arm, job.stage, job.rate, job.seed, self._settings(job), metrics, seconds)
         _check_metrics(run, self.metric)
         return run
 

@@ -145,6 +145,16 @@ def test_a_run_that_does_not_count_what_it_spends_is_refused(tmp_path, name):
     assert not (tmp_path / "runs.jsonl").exists()
 
 
+def test_an_arm_with_other_settings_runs_again_and_the_others_do_not(tmp_path):
+    ran = []
+    for beta in (0.1, 0.5, 0.1):
+        calls: list[tuple] = []
+        given = {"a": {"beta": beta}, "b": {}}
+        comparison(tmp_path, [Arm(name, counted(calls, name, peak(1)), (1.0,), given[name]) for name in given])
+        ran.append({name for name, _, _ in calls})
+    assert ran == [{"a", "b"}, {"a"}, set()]
+
+
 def test_unequal_budgets_are_named_in_the_table_and_equal_ones_are_not(tmp_path):
     assert comparison(tmp_path / "equal").notes == []
     assert comparison(tmp_path / "nearly", two_arms(tokens_sampled=1050)).notes == []

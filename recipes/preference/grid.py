@@ -51,7 +51,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
 
 def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: Path) -> Any:
     """Settings of a run: the arm's, on top of what all share."""
-    given = {name: value for name, value in arm.items() if name != "trainer"}
+    given = arm_settings(arm)
     if given.get("steps_per_round") == "all":
         given["steps_per_round"] = grid.steps
     rows = grid.prompts_per_step
@@ -60,11 +60,12 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
         given = {"dynamic_sampling": False, **given}
     elif given.get("selection") != "best":
         rows *= grid.num_generations
+    micro_batches = next(n for n in range(math.ceil(rows / grid.micro_batch), rows + 1) if rows % n == 0)
     _, config_class = TRAINERS[arm["trainer"]]
     return config_class(
         **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": grid.steps},
-        **{"per_device_train_batch_size": min(rows, grid.micro_batch), "num_generations": grid.num_generations},
-        **{"gradient_accumulation_steps": math.ceil(rows / grid.micro_batch), "logging_steps": max(1, grid.steps // 4)},
+        **{"per_device_train_batch_size": rows // micro_batches, "num_generations": grid.num_generations},
+        **{"gradient_accumulation_steps": micro_batches, "logging_steps": max(1, grid.steps // 4)},
         **{"max_completion_length": grid.max_tokens, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1},
         **{
             "weight_decay": 0.0,
@@ -153,7 +154,10 @@ def main() -> None:
     for arm in grid.arms.values():
         config(grid, arm, 1e-3, 0, args.output_dir / "runs").round_settings(1)  # refused before anything runs
     task = Task(grid, args.output_dir)
-    arms = [Arm(name, run_of(task, name), tuple(arm_rates(grid, name))) for name in grid.arms]
+    arms = [
+        Arm(name, run_of(task, name), tuple(arm_rates(grid, name)), {"trainer": arm["trainer"], **arm_settings(arm)})
+        for name, arm in grid.arms.items()
+    ]
     found = compare(
         arms,
         lambda seed: task.measured(*task.load(), seed),
@@ -169,6 +173,11 @@ def main() -> None:
     (args.output_dir / "grid.yaml").write_text(yaml.safe_dump(vars(grid), sort_keys=False))
     draw(found, args.output_dir / f"frontier_{grid.reward}.png", grid.reward)
     print(text)
+
+
+def arm_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of its config."""
+    return {name: value for name, value in arm.items() if name not in ("trainer", "rates")}
 
 
 def arm_rates(grid: Grid, name: str) -> list[float]:

@@ -19,7 +19,7 @@ from negtune.models.load import load_model
 from negtune.models.policy import is_peft
 from negtune.models.tiny import save_tiny
 from negtune.records import read_jsonl, write_jsonl
-from negtune.rollouts.sampler import Rollout
+from negtune.rollouts.sampler import Rollout, requests_for
 from negtune.trainers.finetune import fine_tune
 from negtune.verifiers.shape import MinLength, ModeLength, OneSentence
 
@@ -195,13 +195,18 @@ class Task:
         return shown
 
     def _drawn(self, name: str, prompts: Sequence[Any]) -> list[Rollout]:
-        """Answers of the start, drawn once."""
-        file = self.folder / f"{name}.jsonl"
-        if not file.exists():
-            sampler = HFSampler(*self.load(), batch_size=self.grid.sample_batch)
-            params = SamplingParams(max_tokens=self.grid.max_tokens)
-            write_jsonl(file, [vars(r) for r in sampler.sample(prompts, self.grid.num_generations, params)])
-        return [Rollout.from_record(record) for record in read_jsonl(file)]
+        """Answers of the start, drawn once; anew where those in the folder are of another model or draw."""
+        file, n, params = (
+            self.folder / f"{name}.jsonl",
+            self.grid.num_generations,
+            SamplingParams(max_tokens=self.grid.max_tokens),
+        )
+        found = [Rollout.from_record(record) for record in read_jsonl(file)] if file.exists() else []
+        if [r.key for r in found] != [r.key(params, self.start) for r in requests_for(prompts, n)]:
+            sampler = HFSampler(*self.load(), batch_size=self.grid.sample_batch, policy=self.start)
+            found = sampler.sample(prompts, n, params)
+            write_jsonl(file, [vars(r) for r in found])
+        return found
 
     def _best_and_worst(self) -> tuple[list[Rollout], list[Rollout]]:
         drawn, n = self._drawn("test_answers", self.test), self.grid.num_generations

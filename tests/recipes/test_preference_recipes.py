@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -44,6 +46,36 @@ def test_the_grid_compares_its_arms_and_goes_on_where_it_was_stopped(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     repeated = [{k: v for k, v in run.items() if k != "seconds"} for run in read_jsonl(tmp_path / "runs.jsonl")]
     assert repeated == [{k: v for k, v in run.items() if k != "seconds"} for run in runs]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The grid's own functions."""
+    monkeypatch.syspath_prepend(str(GRID.parent))
+    return importlib.import_module("grid"), importlib.import_module("task")
+
+
+@pytest.mark.parametrize("prompts", [3, 8, 10, 16])
+def test_every_arm_has_as_many_prompts_a_step_whatever_the_micro_batch(recipe, tmp_path, prompts):
+    functions, task = recipe
+    grid = dataclasses.replace(task.read_grid(GRID.with_suffix(".yaml"), arms=None), prompts_per_step=prompts)
+    for name, arm in grid.arms.items():
+        given = functions.config(grid, {**arm, "rates": [1e-3]}, 1e-3, 0, tmp_path)
+        assert given.per_device_train_batch_size <= grid.micro_batch
+        rounds = grid.steps if arm.get("steps_per_round") == "all" else 1
+        assert given.round_settings(1).prompts_per_round == prompts * rounds, name
+
+
+def test_answers_of_another_draw_are_not_taken_for_those_of_this_one(recipe, tmp_path, chain_folder):
+    _, task = recipe
+    grid = task.Grid({"a": {"trainer": "preference"}}, model=chain_folder, test_prompts=4, max_tokens=8)
+    first = task.Task(grid, tmp_path)
+    drawn = first._drawn("test_answers", first.test)
+    assert task.Task(grid, tmp_path)._drawn("test_answers", first.test) == drawn
+    fewer = task.Task(dataclasses.replace(grid, num_generations=2, max_tokens=5), tmp_path)
+    again = fewer._drawn("test_answers", fewer.test)
+    assert (len(drawn), len(again)) == (16, 8)
+    assert max(len(r.completion_ids) for r in again) <= 5
 
 
 @pytest.mark.parametrize(

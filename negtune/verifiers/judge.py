@@ -35,9 +35,9 @@ class JudgeVerifier:
         self.judge, self.both_orders = judge, both_orders
 
     def verify(
-        self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Sequence[Any]
+        self, prompts: Sequence[Any], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
     ) -> list[Verdict]:
-        """Completions of a prompt have to stand one after the other."""
+        """Completions of a prompt have to stand one after the other. Token ids are of one answer, and not passed on."""
         start = time.perf_counter()
         asked = [pair for group in _groups(prompts) for pair in combinations(group, 2)]
         if self.both_orders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from negtune.verifiers.judge import JudgeVerifier
+from negtune.verifiers.verdict import verdicts_of
 
 
 def longer(prompts, completions, **columns):
@@ -50,6 +51,13 @@ def test_columns_come_along():
 
     scores(judge, ["p", "p", "q", "q"], ["a", "b", "c", "d"], topic=["x", "x", "y", "y"])
     assert seen == ["x", "y", "x", "y"]
+
+
+def test_token_ids_of_one_answer_are_not_handed_on():
+    """A judge may take prompts and completions alone, as TRL's do."""
+    verifier = JudgeVerifier(lambda prompts, completions: [0] * len(completions), both_orders=False)
+    verdicts = verdicts_of(verifier, ["p", "p"], ["a", "b"], [[1], [2]], {})
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(("found", "message"), [([0], "gave 1 answers to 2"), (1, "gave 1 answers"), ([0, 7], "got 7")])

@@ -203,17 +203,17 @@ class RoundBatches:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
 
 
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The last one that was written to its end."""
+def last_whole_checkpoint(folder: str, *, rounds: bool = True) -> str | None:
+    """The last one that was written to its end; with `rounds` of those that know where their rounds stand."""
     found = [
         path.parent
         for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-        if (path.parent / ROUND_FILE).exists()
+        if not rounds or (path.parent / ROUND_FILE).exists()
     ]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
-def checkpoint_of(folder: str, resume: str | bool | None) -> str | None:
+def checkpoint_of(folder: str, resume: str | bool | None, *, rounds: bool = True) -> str | None:
     """The checkpoint that `resume` means; True is the last one in `folder` that was written to its end.
 
     Raises:
@@ -221,7 +221,7 @@ def checkpoint_of(folder: str, resume: str | bool | None) -> str | None:
     """
     if resume is not True:
         return resume or None
-    found = last_whole_checkpoint(folder)
+    found = last_whole_checkpoint(folder, rounds=rounds)
     if found is None:
         raise ValueError(f"there is no checkpoint in {folder}; leave resume_from_checkpoint out")
     return found

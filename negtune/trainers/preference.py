@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from negtune.rollouts.sampler import Sampler
 from negtune.trainers.displacement import FollowedPairs, evenly_spaced, measure_gradients
 from negtune.trainers.guards import Guards, displaced_chosen, lost_entropy
 from negtune.trainers.on_policy import (
+    ROUND_FILE,
     OnPolicy,
     RoundBatches,
     checkpoint_of,
@@ -59,6 +61,11 @@ from negtune.verifiers.judge import Judge, JudgeVerifier
 from negtune.verifiers.verdict import Verifier
 
 REFERENCE_FILE = "reference.safetensors"
+FRESH = {
+    *("on_policy_fraction", "prompts_per_round", "reuse", "importance_cap"),
+    *("pair_selection", "pairs_per_prompt", "min_gap", "min_chosen"),
+}
+"""Settings that mean nothing without a sampler."""
 PROGRESS = (
     ("step", "step", "{:d}"),
     ("loss", "loss", "{:.4f}"),
@@ -162,6 +169,7 @@ class PreferenceTrainer(BaseTrainer):
         )
         if sampler is None:
             _refuse_scorers(reward_funcs, verifier, judge, step_credit)
+            _refuse_fresh(args)
             train, scorer, self._offline = self._pairs_of(train_dataset, needs), None, None
         else:
             scorer = self._scorer(reward_funcs, verifier, judge, reward_processing_classes)
@@ -213,6 +221,11 @@ class PreferenceTrainer(BaseTrainer):
             raise ValueError(f"train_dataset must be one set of pairs, got {sorted(data)}; pass one of them")
         if not hasattr(data, "__len__") and self.args.tokens_per_batch is not None:
             raise ValueError("tokens_per_batch needs the rows beforehand; a stream needs per_device_train_batch_size")
+        if not hasattr(data, "__len__") and not self._draws and self.args.displacement_guard in ("anchor", "stop"):
+            raise ValueError(
+                f"displacement_guard={self.args.displacement_guard} follows pairs of the data set, which a stream has "
+                "not beforehand; set it to off, or pass a set with a length"
+            )
         rows = self._tokenize(data, name=name)
         if needs.step and "chosen_step" not in (getattr(rows, "column_names", None) or ("chosen_step",)):
             raise ValueError(
@@ -328,7 +341,7 @@ class PreferenceTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers. A run with a sampler goes on in the middle of the round that its checkpoint is in."""
-        checkpoint = checkpoint_of(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = checkpoint_of(self.args.output_dir, resume_from_checkpoint, rounds=self.on_policy is not None)
         self._restore(checkpoint)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -338,7 +351,8 @@ class PreferenceTrainer(BaseTrainer):
 
     def _restore(self, checkpoint: str | None) -> None:
         """What `_save_checkpoint` saves."""
-        saved = read_state(checkpoint, on_policy=self.on_policy is not None)
+        host_only = checkpoint is not None and self.on_policy is None and not (Path(checkpoint) / ROUND_FILE).exists()
+        saved = None if host_only else read_state(checkpoint, on_policy=self.on_policy is not None)
         self._followed.start = None if saved is None else saved["followed"]
         if saved is not None:
             self.guards.restore(saved["guards"])
@@ -579,6 +593,16 @@ def _refuse_scorers(*given: Any) -> None:
         raise ValueError(
             "reward_funcs, verifier, judge and step_credit score fresh samples; pass a sampler too, or leave them out"
         )
+
+
+def _refuse_fresh(args: PreferenceConfig) -> None:
+    """Raise ValueError for settings of fresh pairs, which there are none of."""
+    given = {
+        f.name: getattr(args, f.name) for f in fields(args) if f.name in FRESH and getattr(args, f.name) != f.default
+    }
+    if given:
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{told} is about fresh samples; pass a sampler too, or leave it out")
 
 
 def _check_fresh(args: PreferenceConfig, needs: Needs, step_credit: StepCredit | None) -> None:

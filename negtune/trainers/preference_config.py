@@ -128,6 +128,7 @@ class PreferenceConfig(OnPolicyConfig):
     _VALID_DICT_FIELDS = [*OnPolicyConfig._VALID_DICT_FIELDS, "loss_kwargs"]
 
     def __post_init__(self) -> None:
+        given = self.steps_per_round
         if self.prompts_per_round is not None:
             self.steps_per_round = self.reuse  # until the number of processes is known
         super().__post_init__()
@@ -137,6 +138,11 @@ class PreferenceConfig(OnPolicyConfig):
             not_negative=("nll_weight", "kl_weight", "max_chosen_drop", "displacement_pairs"),
         )
         self._check_token_budget()
+        if self.displacement_guard in ("anchor", "stop") and self.displacement_pairs == 0:
+            raise ValueError(
+                f"displacement_guard={self.displacement_guard} watches followed pairs, and displacement_pairs=0 "
+                "follows none; set one of them"
+            )
         if not 0 < self.on_policy_fraction <= 1:
             raise ValueError(
                 f"need 0 < on_policy_fraction <= 1, got {self.on_policy_fraction}; without fresh samples leave the "
@@ -154,6 +160,11 @@ class PreferenceConfig(OnPolicyConfig):
         self.objective()
         if self.prompts_per_round is not None:
             self._set_steps(self.prompts_per_round)
+            if given not in (1, self.steps_per_round):
+                raise ValueError(
+                    f"prompts_per_round={self.prompts_per_round} makes {self.steps_per_round} steps, and "
+                    f"steps_per_round={given}; leave one of them out"
+                )
 
     def _check_token_budget(self) -> None:
         if self.tokens_per_batch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -543,11 +544,44 @@ def test_grad_push_says_which_way_the_chosen_answers_go(online, entangled, chain
         ({}, {"judge": lambda **k: []}, "pass one of the three"),
         ({}, {"sampler": None}, "pass a sampler too"),
         ({"temperature": 0.0}, {}, "temperature must be positive"),
+        ({"prompts_per_round": 8, "steps_per_round": 4}, {}, "makes 2 steps, and steps_per_round=4"),
+        ({"displacement_guard": "stop", "displacement_pairs": 0}, {}, "follows none"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(online, settings, kwargs, message):
     with pytest.raises(ValueError, match=message):
         online(train=False, kwargs=kwargs, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"on_policy_fraction": 0.5}, {"reuse": 2, "steps_per_round": 2}, {"importance_cap": 1.0}, {"min_gap": 0.5}],
+)
+def test_settings_of_fresh_samples_are_refused_where_there_are_none(online, offline_pairs, settings):
+    with pytest.raises(ValueError, match="is about fresh samples; pass a sampler too"):
+        online(train=False, data=offline_pairs, kwargs={"sampler": None, "reward_funcs": None}, **settings)
+
+
+@pytest.mark.parametrize("reaction", ["anchor", "stop"])
+def test_a_guard_that_could_not_act_is_refused(online, offline_pairs, reaction):
+    stream = Dataset.from_list(offline_pairs).to_iterable_dataset()
+    kwargs = {"sampler": None, "reward_funcs": None}
+    with pytest.raises(ValueError, match="which a stream has not beforehand"):
+        online(train=False, data=stream, kwargs=kwargs, displacement_guard=reaction)
+
+
+@pytest.mark.parametrize("which", [True, "checkpoint-2"])
+def test_a_checkpoint_of_pairs_that_has_nothing_but_the_hosts_files_is_gone_on_from(
+    online, offline_pairs, tmp_path, which
+):
+    settings = {"save_strategy": "steps", "save_steps": 1, "data": offline_pairs, "output_dir": str(tmp_path / "run")}
+    kwargs = {"sampler": None, "reward_funcs": None}
+    whole = online(kwargs=kwargs, max_steps=3, **settings)
+    for file in (tmp_path / "run").glob("checkpoint-*/round.json"):
+        file.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    resume = which if which is True else str(tmp_path / "run" / which)
+    assert losses(online(kwargs=kwargs, max_steps=3, resume=resume, **settings)) == losses(whole)
 
 
 def _implicit(pairs):

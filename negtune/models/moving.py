@@ -42,13 +42,22 @@ class MovingReference:
                 f"reference_decay must be at least 0 and below 1, got {decay}; leave it out for a fixed one"
             )
         self.decay = decay
+        self._averages: dict[int, Tensor] = {}  # of weights in half precision, whose small steps would be rounded away
         self._inner: Reference = freeze_current_adapter(model) if is_peft(model) else FrozenCopy(model)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take a step towards what the policy is now."""
-        for mine, policys in self._pairs(model):
-            mine.lerp_(policys.to(mine), 1 - self.decay)
+        for i, (mine, policys) in enumerate(self._pairs(model)):
+            average = self._average(i, mine)
+            average.lerp_(policys.to(average), 1 - self.decay)
+            if average is not mine:
+                mine.copy_(average)
+
+    def _average(self, i: int, mine: Tensor) -> Tensor:
+        if mine.dtype not in (torch.bfloat16, torch.float16):
+            return mine
+        return self._averages.setdefault(i, mine.float())
 
     def logps(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
         return self._inner.logps(model, batch)
@@ -62,7 +71,8 @@ class MovingReference:
         """The reference's own weights, for `load`."""
         path = Path(path)
         partial = path.with_suffix(".partial")
-        save_file({str(i): mine.contiguous().clone() for i, (mine, _) in enumerate(self._pairs(model))}, partial)
+        averages = [self._average(i, mine) for i, (mine, _) in enumerate(self._pairs(model))]
+        save_file({str(i): average.contiguous().clone() for i, average in enumerate(averages)}, partial)
         os.replace(partial, path)
 
     @torch.no_grad()
@@ -73,6 +83,7 @@ class MovingReference:
         if len(saved) != len(pairs):
             raise ValueError(f"{path} has {len(saved)} tensors, the reference {len(pairs)}: it is of another model")
         for i, (mine, _) in enumerate(pairs):
+            self._average(i, mine).copy_(saved[str(i)])
             mine.copy_(saved[str(i)])
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -72,6 +72,26 @@ def test_each_weight_is_the_exponential_moving_average(adapter):
         assert_close(mine, expected)
 
 
+def test_in_half_precision_small_steps_add_up_also_over_a_checkpoint(tmp_path):
+    """600 steps of a thousandth are 45 % of the way; in bfloat16 each would be rounded to nothing."""
+    model = policy(False).bfloat16()
+    reference = MovingReference(model, 0.999)
+    start = [mine.float() for mine, _ in reference._pairs(model)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    for _ in range(300):
+        reference.update(model)
+    reference.save(model, tmp_path / "reference.safetensors")
+    again = MovingReference(model, 0.999)
+    again.load(model, tmp_path / "reference.safetensors")
+    for _ in range(300):
+        again.update(model)
+    for (mine, policys), before in zip(again._pairs(model), start, strict=True):
+        expected = before + (1 - 0.999**600) * (policys.float() - before)
+        assert_close(mine.float(), expected, rtol=0.01, atol=1e-4)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_only_the_policy_is_trained_and_saved(adapter, tmp_path):
     model = policy(adapter)

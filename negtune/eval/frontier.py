@@ -31,11 +31,11 @@ class Measured:
     rollouts: list[Rollout]
     scores: list[float | None]
     metrics: dict[str, float]
+    n: int
 
     def by_prompt(self) -> list[float | None]:
         """Mean score of each prompt's samples, for paired differences; None where none was scored."""
-        n = sum(r.prompt == self.rollouts[0].prompt for r in self.rollouts)
-        groups = [self.scores[i : i + n] for i in range(0, len(self.scores), n)]
+        groups = [self.scores[i : i + self.n] for i in range(0, len(self.scores), self.n)]
         known = [[score for score in group if score is not None] for group in groups]
         return [sum(scores) / len(scores) if scores else None for scores in known]
 
@@ -55,7 +55,7 @@ def reward_and_kl(
         sampler: draws from the policy.
         reward: of completions. A cut one is scored as it stands: of a length its limit is a lower bound, and what never
             ends has no form.
-        prompts: held out, all different.
+        prompts: held out.
         reference: log pi_ref(y|x) of each sample, summed over its tokens.
         n, params: of the draw. At a temperature other than 1, or from a cut distribution, `kl` is that of the
             distribution that was drawn from.
@@ -74,7 +74,7 @@ def reward_and_kl(
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         **{"unscored": 1 - len(kept) / len(rollouts), "tokens": float(sum(map(len, ids)))},
     }
-    measured = Measured(rollouts, scores, metrics)
+    measured = Measured(rollouts, scores, metrics, n)
     of_prompts = [score for score in measured.by_prompt() if score is not None]
     if len(of_prompts) > 1:
         metrics["reward_low"], metrics["reward_high"] = bootstrap_interval(of_prompts)

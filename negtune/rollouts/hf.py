@@ -154,6 +154,11 @@ class _Draw(LogitsProcessor):
             keys = logps - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
         tokens = keys.argmax(-1, keepdim=True)
         self.logps.append(logps.gather(-1, tokens)[:, 0])
+        if not torch.isfinite(self.logps[-1]).all():
+            raise FloatingPointError(
+                "the model's logits are not numbers, and nothing can be drawn from them: the weights have diverged, or "
+                "the model cannot compute padded rows in this precision (try float32)"
+            )
         return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)
 
 

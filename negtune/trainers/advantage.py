@@ -6,6 +6,7 @@ averaged over the optimiser step, over all micro-batches and processes; the host
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import SkipEmptySteps, stop_if_not_finite, tell_step_totals
 from negtune.verifiers.verdict import Verifier
 
 PROGRESS = (
@@ -116,7 +117,7 @@ class AdvantageTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = args or AdvantageConfig()
+        args = copy.copy(args) if args is not None else AdvantageConfig()  # which gets a number of steps
         self.objective = objective or args.objective()
         needs = needs_of(self.objective)
         if not needs.logps_suffice or needs.sides != {"policy", "credit"}:
@@ -169,7 +170,7 @@ class AdvantageTrainer(BaseTrainer):
             train_dataset=train,
             eval_dataset=eval_dataset if sampler is not None else self._tokenized_for_evaluation(eval_dataset),
             processing_class=processing_class,
-            callbacks=[HistoryCallback(args.output_dir), *(callbacks or [])],
+            callbacks=[HistoryCallback(args.output_dir), SkipEmptySteps(self._is_empty), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
@@ -427,6 +428,9 @@ class AdvantageTrainer(BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         self.create_model_card()
+
+    def _is_empty(self) -> bool:
+        return getattr(self, "step_is_empty", False)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""

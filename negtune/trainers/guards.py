@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+REWARD = "rounds/reward"
 
 
 class GuardStop(RuntimeError):
@@ -47,18 +50,18 @@ class Watch:
     Args:
         cause: its name: a cause is told once.
         reaction: off, warn, anchor or stop.
-        seen: metrics to what is wrong and what to do about it, None where nothing is.
+        seen: metrics, and those logged first, to what is wrong and what to do about it; None where nothing is.
     """
 
     cause: str
     reaction: str
-    seen: Callable[[Mapping[str, float]], str | None]
+    seen: Callable[[Mapping[str, float], Mapping[str, float]], str | None]
 
 
 def falling_positives(reaction: str, max_drop: float) -> Watch:
     """`positive/drift` below `-max_drop` nats a token."""
 
-    def seen(logs: Mapping[str, float]) -> str | None:
+    def seen(logs: Mapping[str, float], first: Mapping[str, float]) -> str | None:
         drift = logs.get("positive/drift")
         if drift is None or drift >= -max_drop:
             return None
@@ -74,7 +77,7 @@ def falling_positives(reaction: str, max_drop: float) -> Watch:
 def lost_entropy(reaction: str, least: float) -> Watch:
     """`rounds/entropy` below `least` nats a token."""
 
-    def seen(logs: Mapping[str, float]) -> str | None:
+    def seen(logs: Mapping[str, float], first: Mapping[str, float]) -> str | None:
         entropy = logs.get("rounds/entropy")
         if entropy is None or entropy >= least:
             return None
@@ -88,11 +91,17 @@ def lost_entropy(reaction: str, least: float) -> Watch:
 
 
 def displaced_chosen(reaction: str, max_drop: float) -> Watch:
-    """Likelihood displacement: `drift/margin` above 0 while `chosen/drift` is below `-max_drop` nats a token."""
+    """Likelihood displacement: `drift/margin` above 0 while `chosen/drift` is below `-max_drop` nats a token.
 
-    def seen(logs: Mapping[str, float]) -> str | None:
+    On fresh samples the chosen answers of the first round may also fall because better ones have taken their place:
+    then the reward has risen, and nothing is wrong.
+    """
+
+    def seen(logs: Mapping[str, float], first: Mapping[str, float]) -> str | None:
         drift, margin = logs.get("chosen/drift"), logs.get("drift/margin")
         if drift is None or margin is None or drift >= -max_drop or margin <= 0:
+            return None
+        if logs.get(REWARD, -math.inf) > first.get(REWARD, math.inf):
             return None
         return (
             f"the margin grew by {margin:.3g} nats while the chosen answers lost {-drift:.3g} nats a token (limit "
@@ -115,19 +124,23 @@ class Guards:
         self._watches = [watch for watch in watches if watch.reaction != "off"]
         self.anchored = False
         self._told: set[str] = set()
+        self._first: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {"anchored": self.anchored, "told": sorted(self._told)}
+        return {"anchored": self.anchored, "told": sorted(self._told), "first": self._first}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.anchored, self._told = state["anchored"], set(state["told"])
+        self._first = dict(state.get("first", {}))
 
     def check(self, logs: Mapping[str, float], step: int) -> None:
         """Raises `GuardStop` where the reaction is stop; sets `anchored` where it is anchor."""
+        if REWARD in logs:
+            self._first.setdefault(REWARD, logs[REWARD])
         for watch in self._watches:
-            text = watch.seen(logs)
+            text = watch.seen(logs, self._first)
             if text is not None:
                 self._react(watch, f"step {step}: {text}")
 

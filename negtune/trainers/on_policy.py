@@ -103,6 +103,12 @@ class OnPolicy:
         self.round, self.state, self.probe = None, RoundState(), None
         if saved is None:
             return
+        for name, was in saved.get("settings", {}).items():
+            if was != (now := self._settings()[name]):
+                raise ValueError(
+                    f"the checkpoint is of rounds with {name}={was}, and now it is {now}: the round it is in would end "
+                    "elsewhere; set it as it was, or start anew"
+                )
         self.state, self.probe = RoundState(**saved["state"]), saved["probe"]
         if saved["rows"] is not None:
             self.round = Round(saved["rows"], {}, self.state)
@@ -110,7 +116,16 @@ class OnPolicy:
     def saved(self, step: int) -> dict[str, Any]:
         """What a resumed run needs to know of the round, in a checkpoint after `step` steps."""
         inside = step % self.args.steps_per_round != 0 and self.round is not None
-        return {"state": asdict(self.state), "probe": self.probe, "rows": self.round.rows if inside else None}
+        rows = self.round.rows if inside else None
+        return {"state": asdict(self.state), "probe": self.probe, "rows": rows, "settings": self._settings()}
+
+    def _settings(self) -> dict[str, int]:
+        """What says where a round ends."""
+        found = self.rounds.settings
+        return {
+            **{"steps_per_round": self.args.steps_per_round, "reuse": self.args.reuse},
+            **{"prompts_per_round": found.prompts_per_round, "num_generations": found.num_generations},
+        }
 
     def close(self) -> None:
         """Let others write into the stores."""

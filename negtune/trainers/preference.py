@@ -9,6 +9,7 @@ accumulation steps.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -56,7 +57,7 @@ from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import EpochSetter, stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import EpochSetter, SkipEmptySteps, stop_if_not_finite, tell_step_totals
 from negtune.verifiers.judge import Judge, JudgeVerifier
 from negtune.verifiers.verdict import Verifier
 
@@ -145,7 +146,7 @@ class PreferenceTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = args or PreferenceConfig()
+        args = copy.copy(args) if args is not None else PreferenceConfig()  # which gets a number of steps
         self.args = args
         self.objective = objective or args.objective()
         needs = needs_of(self.objective)
@@ -174,6 +175,7 @@ class PreferenceTrainer(BaseTrainer):
         else:
             scorer = self._scorer(reward_funcs, verifier, judge, reward_processing_classes)
             _check_fresh(args, needs, step_credit)
+            _check_evaluation(args, eval_dataset, judge)
             train, self._offline = self._prompts_of(train_dataset, needs)
             prepare_for_prompts(args, train)
         arrived_with_adapter = arrives_with_adapter(model)
@@ -192,7 +194,12 @@ class PreferenceTrainer(BaseTrainer):
             train_dataset=train,
             eval_dataset=self._tokenized_for_evaluation(eval_dataset),
             processing_class=processing_class,
-            callbacks=[EpochSetter(lambda: self._batches), HistoryCallback(args.output_dir), *(callbacks or [])],
+            callbacks=[
+                EpochSetter(lambda: self._batches),
+                HistoryCallback(args.output_dir),
+                SkipEmptySteps(self._is_empty),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)
@@ -412,7 +419,7 @@ class PreferenceTrainer(BaseTrainer):
             every = logged if args.gradient_norms_every is None else args.gradient_norms_every
             whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # else no process has a whole gradient
             batches[0]["step"]["gradients"] = whole and every > 0 and step % every == 0
-            batches[0]["step"]["probe"] = self._followed.start is None or step % logged == 0
+            batches[0]["step"]["probe"] = whole and (self._followed.start is None or step % logged == 0)
         return batches, items
 
     def compute_loss(
@@ -568,6 +575,9 @@ class PreferenceTrainer(BaseTrainer):
         super().save_model(output_dir, _internal_call)
         self.create_model_card()
 
+    def _is_empty(self) -> bool:
+        return getattr(self, "step_is_empty", False)
+
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
@@ -603,6 +613,22 @@ def _refuse_fresh(args: PreferenceConfig) -> None:
     if given:
         told = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ValueError(f"{told} is about fresh samples; pass a sampler too, or leave it out")
+
+
+def _check_evaluation(args: PreferenceConfig, data: Any, judge: Judge | None) -> None:
+    """Raise ValueError for prompts to evaluate on that would give no number, or not the one that is wanted."""
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    kinds = {_are_pairs(rows) for rows in sets if rows is not None and not isinstance(rows, str)}
+    if judge is not None and False in kinds:
+        raise ValueError(
+            "a judge compares answers to one prompt with each other, and half of them win whatever the policy: it "
+            "cannot evaluate on prompts; give eval_dataset pairs, or evaluate with a reward"
+        )
+    if kinds == {False} and args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss"):
+        raise ValueError(
+            "load_best_model_at_end wants a loss, which an evaluation on prompts has not; set metric_for_best_model to "
+            "eval_reward, and greater_is_better to true"
+        )
 
 
 def _check_fresh(args: PreferenceConfig, needs: Needs, step_credit: StepCredit | None) -> None:

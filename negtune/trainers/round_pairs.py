@@ -100,14 +100,14 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
 
 
 def _pit(row: Mapping[str, Any], kind: str) -> int:
-    """The step, from 1, that ruined a completion: the first with the lowest value, or with a negative reward; 0: none
-    was judged to be."""
+    """The step, from 1, that ruined a completion: the first with a negative reward, or with the lowest value if that is
+    below the first value known; 0: none was judged to be."""
     scores = row["step_scores"]
     if scores is None:
         return 0
     steps = len(row["step_ends"])
     if kind == "values":
-        values = list(scores)[-steps:]  # that of the bare prompt may come first
-        known = [(value, i) for i, value in enumerate(values, start=1) if value is not None]
-        return min(known)[1] if known else 0
+        bare = len(scores) - steps  # 1 if the value of the bare prompt comes first
+        known = [(value, i) for i, value in enumerate(scores, start=1 - bare) if value is not None]
+        return min(known)[1] if known and min(known)[0] < known[0][0] else 0
     return next((i for i, score in enumerate(scores, start=1) if score is not None and score < 0), 0)

@@ -34,6 +34,7 @@ PART = 512
 RESERVED = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
 RESERVED_BY_STEPS = {*RESERVED, "steps", "rewards", "prompt_ids", "step_ends"}
 """Names that scorers and step credit get from us: no columns of prompts."""
+OF_SCORES = ("rounds/reward", "rounds/all_right", "rounds/all_wrong")
 _SESSION = uuid.uuid4().hex[:8]
 
 StepCredit = Callable[..., Sequence[Sequence[float | None]]]
@@ -188,8 +189,10 @@ class Rounds:
             raise NoSignalError(_no_signal(seen, empty, self.maker))
         tokens = state.tokens + sum(len(row["completion_ids"]) for row in seen)
         after = RoundState(state.number + 1, cursor, running, empty, state.completions + len(seen), tokens)
-        made = self.maker.rows(kept)
-        return Round(made, {**_metrics(seen), "rounds/refills": refills, **self.maker.metrics(seen, made)}, after)
+        made, metrics = self.maker.rows(kept), _metrics(seen)
+        if self._compares:  # shares of wins are half on average, whatever the policy
+            metrics = {name: value for name, value in metrics.items() if name not in OF_SCORES}
+        return Round(made, {**metrics, "rounds/refills": refills, **self.maker.metrics(seen, made)}, after)
 
     # --- drawing and scoring ------------------------------------------------------------------------------------------
 
@@ -207,9 +210,7 @@ class Rounds:
         mine = [(requests[i], owners[i]) for i in places[self.process_index]]
         drawn = self._drawn(mine, {cursor + i: row for i, row in enumerate(rows)}, params)
         scored = self._scored(drawn)
-        found = [
-            {**record, **scores, "group": owner} for record, scores, (_, owner) in zip(drawn, scored, mine, strict=True)
-        ]
+        found = [{**record, **scores} for record, scores in zip(drawn, scored, strict=True)]
         by_place = {
             i: record
             for part, of_process in zip(gather_object([found]), places, strict=True)
@@ -241,7 +242,9 @@ class Rounds:
             self.rollouts.append(new)
             records |= {record["key"]: record for record in new}
         now = {owner: rollout_columns(row) for owner, row in rows.items()}  # what a scorer is told is not what was
-        return [{**records[key], "columns": now[owner]} for key, (_, owner) in zip(keys, mine, strict=True)]
+        return [
+            {**records[key], "columns": now[owner], "group": owner} for key, (_, owner) in zip(keys, mine, strict=True)
+        ]
 
     def _scored(self, drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`score`, `outcome`, `step_ends`, `step_scores` of each; no scores for what was cut or failed.
@@ -269,8 +272,10 @@ class Rounds:
     def _verify(self, records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         if not records:
             return []
-        ids = [record["completion_ids"] for record in records]
-        return verdicts_of(self.verifier, *_texts(records), ids, _columns(records))
+        ids, columns = [record["completion_ids"] for record in records], _columns(records)
+        if self._compares:
+            columns["group_numbers"] = [record["group"] for record in records]
+        return verdicts_of(self.verifier, *_texts(records), ids, columns)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """For reward functions: keep one value per completion of this call beside its score."""

@@ -33,6 +33,22 @@ class EpochSetter(TrainerCallback):
             sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
+class SkipEmptySteps(TrainerCallback):
+    """An optimiser step in which nothing counts moves nothing: without gradients there is no momentum and no decay.
+
+    Args:
+        empty: whether the step that is under way is one.
+    """
+
+    def __init__(self, empty: Callable[[], bool]) -> None:
+        self.empty = empty
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.empty() and model is not None:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+
 def tell_step_totals(
     trainer: Any, batches: Sequence[dict[str, Any]], count: Callable[[Mapping[str, Any]], Tensor], **more: Any
 ) -> None:
@@ -42,13 +58,14 @@ def tell_step_totals(
     averages over processes, so `share` takes both out again.
 
     Args:
-        trainer: asks all processes; every one must call.
+        trainer: asks all processes; every one must call. Its `step_is_empty` says whether nothing counts.
         batches: each gets `step`: `counts` (nested list), `share`, and `more`.
         count: of one batch, what is to be totalled.
     """
     total = torch.stack([count(batch) for batch in batches]).sum(0).to(trainer.args.device)
     counts = trainer.accelerator.reduce(total, "sum").tolist()
     share = len(batches) * trainer.accelerator.num_processes
+    trainer.step_is_empty = not torch.as_tensor(counts).any().item()
     for batch in batches:
         batch["step"] = {"counts": counts, "share": share, **more}
 

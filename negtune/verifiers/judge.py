@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
 from typing import Any
 
-from negtune.verifiers.verdict import Completion, Verdict
+from negtune.verifiers.verdict import Completion, Verdict, accepted
 
 Judge = Callable[..., Sequence[float | None]]
-"""`(prompts, completions, **columns)`: for each prompt and `[first, second]` 0 where the first is better, 1 where the
+"""`(prompts, completions, **columns)`, of the data's columns those it takes: for each prompt and `[first, second]` 0 where the first is better, 1 where the
 second is, between the two for a chance or a tie; None (or -1, as in TRL's judges) where it cannot tell."""
 
 
@@ -35,11 +35,20 @@ class JudgeVerifier:
         self.judge, self.both_orders = judge, both_orders
 
     def verify(
-        self, prompts: Sequence[Any], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        completion_ids: Any = None,
+        group_numbers: Sequence[int] | None = None,
+        **columns: Any,
     ) -> list[Verdict]:
-        """Completions of a prompt have to stand one after the other. Token ids are of one answer, and not passed on."""
+        """Completions to compare have to stand one after the other: those of a prompt, or of a group number if given.
+
+        Token ids are of one answer, and not passed on.
+        """
         start = time.perf_counter()
-        asked = [pair for group in _groups(prompts) for pair in combinations(group, 2)]
+        groups = _groups(prompts if group_numbers is None else group_numbers)
+        asked = [pair for group in groups for pair in combinations(group, 2)]
         if self.both_orders:
             asked += [(j, i) for i, j in asked]
         wins: list[list[float]] = [[] for _ in prompts]
@@ -48,7 +57,7 @@ class JudgeVerifier:
                 wins[i].append(1 - found)
                 wins[j].append(found)
         seconds = (time.perf_counter() - start) / max(1, len(prompts))
-        alone = {group[0] for group in _groups(prompts) if len(group) == 1}
+        alone = {group[0] for group in groups if len(group) == 1}
         return [_verdict([0.5] if i in alone else won, seconds) for i, won in enumerate(wins)]
 
     def _ask(
@@ -63,7 +72,7 @@ class JudgeVerifier:
         found = self.judge(
             [prompts[i] for i, _ in asked],
             [[completions[i], completions[j]] for i, j in asked],
-            **{name: [values[i] for i, _ in asked] for name, values in columns.items()},
+            **accepted(self.judge, {name: [values[i] for i, _ in asked] for name, values in columns.items()}),
         )
         if not hasattr(found, "__len__") or len(found) != len(asked):
             given = len(found) if hasattr(found, "__len__") else repr(found)
@@ -71,8 +80,8 @@ class JudgeVerifier:
         return [_checked(answer) for answer in found]
 
 
-def _groups(prompts: Sequence[Any]) -> list[list[int]]:
-    numbered = groupby(range(len(prompts)), key=lambda i: prompts[i])
+def _groups(names: Sequence[Any]) -> list[list[int]]:
+    numbered = groupby(range(len(names)), key=lambda i: names[i])
     return [list(group) for _, group in numbered]
 
 

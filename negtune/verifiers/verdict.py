@@ -97,7 +97,7 @@ def verdicts_of(
     columns: Mapping[str, Sequence[Any]],
 ) -> list[Verdict]:
     """What a verifier says of completions, of whose token ids it is told if they are known and it takes them."""
-    offered = {} if completion_ids is None else _accepted(verifier.verify, {"completion_ids": completion_ids})
+    offered = {} if completion_ids is None else accepted(verifier.verify, {"completion_ids": completion_ids})
     return verifier.verify(prompts, completions, **{**columns, **offered})
 
 
@@ -133,7 +133,7 @@ class FromRewardFunction:
     def _wanted(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
         """The columns, without what was only offered and is not taken."""
         offered = {**(self.context() if self.context else {}), **{k: v for k, v in columns.items() if k in OFFERED}}
-        return {**{k: v for k, v in columns.items() if k not in OFFERED}, **_accepted(self.function, offered)}
+        return {**{k: v for k, v in columns.items() if k not in OFFERED}, **accepted(self.function, offered)}
 
     def _call(self, prompts: list[Any], completions: list[Completion], columns: dict[str, list[Any]]) -> list[Verdict]:
         start = time.perf_counter()
@@ -205,7 +205,7 @@ def text_of(completion: Completion) -> str:
     return str(completion[-1].get("content") or "") if completion else ""
 
 
-def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """What of `offered` a function takes."""
     try:
         parameters = inspect.signature(function).parameters

@@ -4,8 +4,9 @@ Paper       Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy
 Axes        Every arm is a trainer with settings. steps_per_round is how on-policy it is: 1 draws at every step, as many
             as there are steps draws everything from the start (offline); reuse is the number of passes over a round;
             loss_type, selection and pair_selection say whether what is worse is pushed down.
-Controls    Equal prompts, samples and optimiser steps, the same filter (ties are left out), the learning rate swept per
-            arm on a seed of its own, doing nothing in the table, intervals over seeds.
+Controls    Equal prompts, samples and optimiser steps; ties and cut answers are left out; the learning rate swept per
+            arm on a seed and prompts of its own, chosen by reward - kl_price KL; doing nothing in the table, intervals
+            over seeds.
 Expected    The paper: on-policy samples and a negative gradient help where good answers are rare under the start
             (min_length) and not where they are typical of it (mode_length).
 Measured    recipes/LOG.md
@@ -18,6 +19,7 @@ A grid that was stopped goes on where it was; --smoke runs all arms on a tiny mo
 import argparse
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from task import Grid, Task, read_grid
 from negtune import AdvantageConfig, AdvantageTrainer, HFSampler, PreferenceConfig, PreferenceTrainer
 from negtune.cli.recipe import run_recipe
 from negtune.eval.compare import DO_NOTHING, Arm, Comparison, compare
+from negtune.trainers.guards import GuardStop
 from negtune.trainers.rounds import NoSignalError
 from negtune.trainers.steps import NonFiniteLossError
 
@@ -62,6 +65,9 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
         rows *= grid.num_generations
     micro_batches = next(n for n in range(math.ceil(rows / grid.micro_batch), rows + 1) if rows % n == 0)
     _, config_class = TRAINERS[arm["trainer"]]
+    unknown = sorted(set(given) - {f.name for f in fields(config_class)})
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no setting {unknown[0]!r}, which an arm of the grid has")
     return config_class(
         **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": grid.steps},
         **{"per_device_train_batch_size": rows // micro_batches, "num_generations": grid.num_generations},
@@ -96,9 +102,9 @@ def trained(task: Task, name: str, rate: float, seed: int) -> dict[str, float]:
     bad = False
     try:
         trainer.train()
-    except (NonFiniteLossError, NoSignalError):
+    except (NonFiniteLossError, NoSignalError, GuardStop):
         bad = True
-    found = {"reward": math.nan} if bad else task.measured(trainer.model, tokenizer, seed)
+    found = {"value": math.nan} if bad else task.measured(trainer.model, tokenizer, seed)
     spent = {"tokens_sampled": trainer.on_policy.state.tokens, "gradient_steps": trainer.state.global_step}
     return {**found, **spent, "samples": float(trainer.on_policy.state.completions)}
 
@@ -163,7 +169,7 @@ def main() -> None:
         lambda seed: task.measured(*task.load(), seed),
         seeds=grid.seeds,
         sweep_seed=grid.sweep_seed,
-        metric="reward",
+        metric="value",
         folder=args.output_dir,
         settings={**grid.deciding(), **vars(task.reward)},
         workers=args.workers,

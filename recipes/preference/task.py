@@ -44,7 +44,10 @@ class Grid:
         micro_batch: rows of one forward pass.
         sample_batch: completions drawn at a time.
         max_tokens: of a completion.
-        test_prompts, test_samples: held-out prompts, and samples of each, by which a policy is measured.
+        test_prompts, test_samples: held-out prompts, and samples of each, by which a policy is measured; the sweep has
+            as many prompts of its own.
+        kl_price: what a nat of KL costs: the rate is chosen by reward - kl_price KL. At 0 the best rate is nearly
+            always the largest that does not diverge.
         rates: learning rates to sweep.
         sweep_seed, seeds: see `negtune.eval.compare`.
         lora_r: rank of the adapter on all linear layers.
@@ -64,6 +67,7 @@ class Grid:
     max_tokens: int = 24
     test_prompts: int = 48
     test_samples: int = 2
+    kl_price: float = 0.01
     rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
     sweep_seed: int = 0
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
@@ -174,9 +178,13 @@ class Task:
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def measured(self, model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-        """Reward and KL on held-out prompts, and how the log-probability of the start's own best and worst answers to
-        them has changed, in nats a token; the start is the model without its adapter."""
+        """Reward, KL and their value on held-out prompts, others on the seed of the sweep; and how the log-probability
+        of the start's own best and worst answers to them has changed, in nats a token.
+
+        The start is the model without its adapter.
+        """
         grid = self.grid
+        prompts = self.validation if seed == grid.sweep_seed else self.test
 
         def reference(rollouts: Sequence[Rollout]) -> list[float]:
             if not is_peft(model):
@@ -186,8 +194,9 @@ class Task:
 
         params = SamplingParams(max_tokens=grid.max_tokens, seed=seed + 1_000_000)
         sampler = HFSampler(model, tokenizer, batch_size=grid.sample_batch)
-        found = reward_and_kl(sampler, self.reward, self.test, reference, n=grid.test_samples, params=params)
-        shown = {name: found.metrics[name] for name in ("reward", "kl", "length", "truncated")}
+        found = reward_and_kl(sampler, self.reward, prompts, reference, n=grid.test_samples, params=params)
+        value = found.metrics["reward"] - grid.kl_price * found.metrics["kl"]
+        shown = {"value": value, **{name: found.metrics[name] for name in ("reward", "kl", "length", "truncated")}}
         for side, rollouts in (("best", self.best), ("worst", self.worst)):
             now, before = under(model, tokenizer)(rollouts), reference(rollouts)
             changes = [(a - b) / len(r.completion_ids) for a, b, r in zip(now, before, rollouts, strict=True)]

@@ -86,6 +86,18 @@ def test_a_policy_is_at_no_distance_from_itself_and_at_some_once_it_has_moved(ch
     assert moved["kl_low"] < moved["kl"] < moved["kl_high"]
 
 
+def test_a_prompt_that_stands_there_twice_is_two():
+    found = reward_and_kl(
+        Coin(0.5, 4),
+        lambda completions, **_: [float(c == "a") for c in completions],
+        ["toss", "toss"],
+        lambda rollouts: [0.0] * len(rollouts),
+        n=2,
+        params=SamplingParams(),
+    )
+    assert found.by_prompt() == [1.0, 0.0]
+
+
 def test_which_way_is_better():
     assert [better(name) for name in ("reward", "minus start", "kl", "length")] == ["higher", "higher", "lower", None]
     names = ["unscored", "kl", "reward_low", "reward", "minus start"]

@@ -253,3 +253,11 @@ def test_requests_need_a_prefix_for_every_prompt():
     with pytest.raises(ValueError, match="need 1 to 999999 completions"):
         requests_for(["a"], 0)
     assert math.isfinite(requests_for(["a"], 1)[0].seed(SamplingParams()))
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_no_draw():
+    model = tiny_lm()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="nothing can be drawn from them"):
+        HFSampler(model, tiny_tokenizer()).sample(["Who"], params=SHORT)

@@ -19,7 +19,7 @@ from negtune.models.moving import MovingReference
 from negtune.rollouts.attest import StaleEngineError
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.store import RecordStore
-from negtune.trainers.guards import GuardStop
+from negtune.trainers.guards import Guards, GuardStop, displaced_chosen
 from negtune.trainers.rounds import NoSignalError
 from negtune.verifiers.verdict import TooManyUnscored
 from tests.conftest import chain_text
@@ -225,9 +225,12 @@ def test_unscored_and_cut_samples_are_in_no_pair(online):
         for side in ("chosen", "rejected"):
             assert not text_of(trainer, row[f"{side}_ids"]).startswith("no")
             assert row[f"{side}_ids"][-1] == eos
-    cut = online(max_completion_length=7, max_steps=1, max_empty_rounds=0, output_dir=trainer.args.output_dir + "2")
-    assert logged(cut, "rounds/truncated")[0] > 0.5
-    assert all(row["rejected_ids"][-1] == eos for row in cut.on_policy.round.rows)
+    ids = [r["completion_ids"] for r in RecordStore(f"{trainer.args.output_dir}/rounds")]
+    limit = sorted(map(len, ids))[len(ids) // 2]  # about half are longer
+    cut = online(max_completion_length=limit, max_steps=1, output_dir=trainer.args.output_dir + "2")
+    assert logged(cut, "rounds/truncated")[0] > 0.1
+    assert len(cut.on_policy.round.rows) > 0
+    assert all(row[f"{side}_ids"][-1] == eos for row in cut.on_policy.round.rows for side in ("chosen", "rejected"))
 
 
 # --- Mixing -----------------------------------------------------------------------------------------------------------
@@ -477,6 +480,21 @@ def test_the_guard_sees_chosen_answers_fall_while_the_margin_grows(online, entan
         assert logged(trainer, "chosen/drift")[-1] > logged(plain, "chosen/drift")[-1]
 
 
+def test_the_guard_keeps_quiet_while_better_answers_take_the_place_of_the_first():
+    watch = displaced_chosen("stop", 0.5)
+    fallen = {"chosen/drift": -1.0, "drift/margin": 2.0}
+    guards = Guards(watch)
+    guards.check({**fallen, "chosen/drift": 0.0, "rounds/reward": 0.3}, 1)
+    guards.check({**fallen, "rounds/reward": 0.4}, 2)
+    with pytest.raises(GuardStop):
+        guards.check({**fallen, "rounds/reward": 0.2}, 3)
+    resumed = Guards(watch)
+    resumed.restore(guards.state())
+    resumed.check({**fallen, "rounds/reward": 0.4}, 4)
+    with pytest.raises(GuardStop):
+        Guards(watch).check(fallen, 1)
+
+
 def test_following_pairs_and_measuring_gradients_changes_nothing(online, entangled):
     kwargs = {"sampler": None, "reward_funcs": None}
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.3)
@@ -623,6 +641,63 @@ def test_scores_that_are_all_alike_stop_the_run_and_say_what_they_were(online):
             max_steps=5,
         )
     assert "2 rounds in a row" in str(caught.value)
+
+
+def test_a_round_without_a_pair_moves_nothing(online, chain_folder):
+    """After one round of pairs everything ties: neither momentum nor weight decay goes on."""
+    rounds = []
+
+    def once(prompts, completions, trainer_state, **columns):
+        rounds.append(trainer_state.global_step)
+        return [float(c.count("ok")) if trainer_state.global_step == 0 else 1.0 for c in completions]
+
+    settings = {"reward": once, "weight_decay": 0.1, "max_refills": 0, "per_device_train_batch_size": 8}
+    one = online(max_steps=1, **settings)
+    three = online(max_steps=3, output_dir=one.args.output_dir + "2", **settings)
+    assert set(rounds) == {0, 1, 2}
+    for a, b in zip(one.model.parameters(), three.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_other_rounds_is_refused(online, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    online(output_dir=str(tmp_path / "run"), steps_per_round=4, **settings)
+    other = online(output_dir=str(tmp_path / "run"), steps_per_round=2, train=False, **settings)
+    with pytest.raises(ValueError, match="rounds with steps_per_round=4, and now it is 2"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_the_settings_of_the_caller_are_left_alone(prompts, chain_folder, tmp_path):
+    args = PreferenceConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", num_train_epochs=1, num_generations=2
+    )
+    given = {"model": chain_folder, "args": args, "sampler": HFSampler, "reward_funcs": is_good}
+    trainer = PreferenceTrainer(train_dataset=prompts, **given)
+    assert trainer.args.max_steps > 0 > args.max_steps
+
+
+def test_an_evaluation_that_would_say_nothing_is_refused(online, prompts):
+    judge = {"judge": lambda prompts, completions: [0.5] * len(completions), "reward_funcs": None}
+    with pytest.raises(ValueError, match="half of them win whatever the policy"):
+        online(train=False, kwargs={**judge, "eval_dataset": prompts})
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="set metric_for_best_model to eval_reward"):
+        online(train=False, kwargs={"eval_dataset": prompts}, save_steps=1, **best)
+
+
+def test_a_judge_sees_each_draw_of_a_prompt_as_a_group_of_its_own(online, prompts):
+    """One prompt only, four groups of two: four questions in either order."""
+    asked = []
+
+    def judge(prompts, completions):
+        asked.append(len(completions))
+        return [0.0] * len(completions)
+
+    trainer = online(
+        data=prompts[:1], kwargs={"judge": judge, "reward_funcs": None}, num_generations=2, max_steps=1, max_refills=0
+    )
+    assert asked == [8]
+    assert "rounds/reward" not in trainer.state.log_history[0]
 
 
 def test_a_scorer_that_fails_stops_the_run(online):

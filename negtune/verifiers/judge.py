@@ -14,8 +14,9 @@ from typing import Any
 from negtune.verifiers.verdict import Completion, Verdict, accepted
 
 Judge = Callable[..., Sequence[float | None]]
-"""`(prompts, completions, **columns)`, of the data's columns those it takes: for each prompt and `[first, second]` 0 where the first is better, 1 where the
-second is, between the two for a chance or a tie; None (or -1, as in TRL's judges) where it cannot tell."""
+"""`(prompts, completions, **columns)`: for each prompt and `[first, second]` 0 where the first is better, 1 where the
+second is, between the two for a chance or a tie; None (or -1, as in TRL's judges) where it cannot tell. Of the data's
+columns it gets those that it takes."""
 
 
 class JudgeVerifier:

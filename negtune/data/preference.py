@@ -100,6 +100,20 @@ def collate_pairs(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict
     return {**batch, "rows": torch.tensor([item.get("row", -1) for item in items])}
 
 
+def pair_units(rows: Any, *, by_prompt: bool, shared: bool) -> tuple[list[list[int]], list[int]]:
+    """Pairs, or groups of pairs with one prompt, and the tokens each costs: `shared` prompts once, else padded rows."""
+    prompts, chosen, rejected = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    units: dict[Any, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        units.setdefault(tuple(prompt) if by_prompt else i, []).append(i)
+    sizes = []
+    for members in units.values():
+        answers = [len(side[i]) for i in members for side in (chosen, rejected)]
+        prompt = len(prompts[members[0]])
+        sizes.append(prompt + sum(answers) if shared else (prompt + max(answers)) * len(answers))
+    return list(units.values()), sizes
+
+
 def _padded(rows: Sequence[Sequence[float] | None], shape: tuple[int, int]) -> Tensor:
     """`[2 B, T]`, 0 behind the end of a row, NaN where there is none."""
     out = torch.zeros(shape)

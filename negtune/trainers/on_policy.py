@@ -330,10 +330,10 @@ def prepare_for_prompts(args: Any, data: Any) -> None:
 
 
 def column_names(data: Any) -> set[str]:
-    """Of a data set, as far as they can be told without reading it."""
+    """Of a data set, by its first row where it has no names for them; a stream is begun anew by its next reader."""
     if getattr(data, "column_names", None):
         return set(data.column_names)
-    return set(data[0]) if isinstance(data, list) and data else set()
+    return set(next(iter(data), ()))
 
 
 def _part(items: Sequence[Any], i: int, parts: int) -> list[Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from negtune._trl_compat import BaseTrainer
 from negtune.data.batching import TokenBudgetBatches
 from negtune.data.completions import padding_id
-from negtune.data.preference import PAIR, answer, collate_pairs, tokenize_pairs
+from negtune.data.preference import PAIR, answer, collate_pairs, pair_units, tokenize_pairs
 from negtune.data.prompts import ShuffledPrompts, StreamedPrompts
 from negtune.losses.policy import kl_to_reference
 from negtune.losses.preference import chosen_nll
@@ -37,7 +36,6 @@ from negtune.models.reference import Reference
 from negtune.models.sharing import packs_in_training, take_counts
 from negtune.models.structure import causal_lm, unwrapped
 from negtune.ops import Needs, SequenceLogps, masked_mean, masked_sum, needs_of
-from negtune.rollouts.ratios import use_ratios
 from negtune.rollouts.sampler import Sampler
 from negtune.trainers.displacement import FollowedPairs, evenly_spaced, measure_gradients
 from negtune.trainers.guards import Guards, displaced_chosen, lost_entropy
@@ -52,6 +50,13 @@ from negtune.trainers.on_policy import (
     scorer_of,
     write_state,
 )
+from negtune.trainers.preference_checks import (
+    are_pairs,
+    check_evaluation,
+    check_fresh,
+    refuse_fresh,
+    refuse_scorers,
+)
 from negtune.trainers.preference_config import PreferenceConfig as PreferenceConfig
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
@@ -62,11 +67,6 @@ from negtune.verifiers.judge import Judge, JudgeVerifier
 from negtune.verifiers.verdict import Verifier
 
 REFERENCE_FILE = "reference.safetensors"
-FRESH = {
-    *("on_policy_fraction", "prompts_per_round", "reuse", "importance_cap"),
-    *("pair_selection", "pairs_per_prompt", "min_gap", "min_chosen"),
-}
-"""Settings that mean nothing without a sampler."""
 PROGRESS = (
     ("step", "step", "{:d}"),
     ("loss", "loss", "{:.4f}"),
@@ -169,13 +169,13 @@ class PreferenceTrainer(BaseTrainer):
             in_memory=args.redact,
         )
         if sampler is None:
-            _refuse_scorers(reward_funcs, verifier, judge, step_credit)
-            _refuse_fresh(args)
+            refuse_scorers(reward_funcs, verifier, judge, step_credit)
+            refuse_fresh(args)
             train, scorer, self._offline = self._pairs_of(train_dataset, needs), None, None
         else:
             scorer = self._scorer(reward_funcs, verifier, judge, reward_processing_classes)
-            _check_fresh(args, needs, step_credit)
-            _check_evaluation(args, eval_dataset, judge)
+            check_fresh(args, needs, step_credit)
+            check_evaluation(args, eval_dataset, judge)
             train, self._offline = self._prompts_of(train_dataset, needs)
             prepare_for_prompts(args, train)
         arrived_with_adapter = arrives_with_adapter(model)
@@ -340,7 +340,7 @@ class PreferenceTrainer(BaseTrainer):
             return data
         if isinstance(data, Mapping):
             return {name: self._tokenized_for_evaluation(rows) for name, rows in data.items()}
-        if {"prompt_ids", "tied"} <= column_names(data) or (self._draws and not _are_pairs(data)):
+        if {"prompt_ids", "tied"} <= column_names(data) or (self._draws and not are_pairs(data)):
             return data
         return self._tokenize(data, name="eval")
 
@@ -387,7 +387,7 @@ class PreferenceTrainer(BaseTrainer):
             return RoundBatches(self.on_policy, lambda: self.state.global_step, self.data_collator, self._sums)
         if self.args.tokens_per_batch is None:
             return super().get_train_dataloader()
-        units, sizes = _units(
+        units, sizes = pair_units(
             self.train_dataset,
             by_prompt=self.args.group_by_prompt,
             shared=packs_in_training(causal_lm(self.model)),
@@ -540,7 +540,7 @@ class PreferenceTrainer(BaseTrainer):
             for name, rows in data.items():
                 metrics |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        if data is None or isinstance(data, str) or _are_pairs(data):
+        if data is None or isinstance(data, str) or are_pairs(data):
             return super().evaluate(data, ignore_keys, metric_key_prefix)
         if self.on_policy is None:
             raise ValueError(
@@ -591,76 +591,3 @@ class _MoveReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self.reference.update(self.model())
-
-
-def _are_pairs(data: Any) -> bool:
-    columns = column_names(data)
-    return not columns or bool(columns & {"chosen", "chosen_ids"})
-
-
-def _refuse_scorers(*given: Any) -> None:
-    if any(g is not None for g in given):
-        raise ValueError(
-            "reward_funcs, verifier, judge and step_credit score fresh samples; pass a sampler too, or leave them out"
-        )
-
-
-def _refuse_fresh(args: PreferenceConfig) -> None:
-    """Raise ValueError for settings of fresh pairs, which there are none of."""
-    given = {
-        f.name: getattr(args, f.name) for f in fields(args) if f.name in FRESH and getattr(args, f.name) != f.default
-    }
-    if given:
-        told = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{told} is about fresh samples; pass a sampler too, or leave it out")
-
-
-def _check_evaluation(args: PreferenceConfig, data: Any, judge: Judge | None) -> None:
-    """Raise ValueError for prompts to evaluate on that would give no number, or not the one that is wanted."""
-    sets = data.values() if isinstance(data, Mapping) else [data]
-    kinds = {_are_pairs(rows) for rows in sets if rows is not None and not isinstance(rows, str)}
-    if judge is not None and False in kinds:
-        raise ValueError(
-            "a judge compares answers to one prompt with each other, and half of them win whatever the policy: it "
-            "cannot evaluate on prompts; give eval_dataset pairs, or evaluate with a reward"
-        )
-    if kinds == {False} and args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss"):
-        raise ValueError(
-            "load_best_model_at_end wants a loss, which an evaluation on prompts has not; set metric_for_best_model to "
-            "eval_reward, and greater_is_better to true"
-        )
-
-
-def _check_fresh(args: PreferenceConfig, needs: Needs, step_credit: StepCredit | None) -> None:
-    """Raise ValueError for settings that fresh pairs do not go with."""
-    args.round_settings(args.world_size)
-    if args.tokens_per_batch is not None:
-        raise ValueError("tokens_per_batch fills batches from a data set; leave it out with a sampler")
-    if needs.step:
-        raise ValueError(
-            f"{args.loss_type} needs pairs that say where their answers part, which fresh ones do not; use dpo"
-        )
-    if (args.pair_selection == "first_pit") != (step_credit is not None):
-        raise ValueError(
-            "pair_selection=first_pit cuts answers where step_credit says that they went wrong; pass both, or neither"
-        )
-    use_ratios(args.sampling_params(), wanted=args.importance_cap is not None)
-    if args.importance_cap is not None and args.temperature != 1:
-        raise ValueError(
-            f"importance_cap compares the policy with what drew, and temperature={args.temperature} draws from another "
-            "distribution than is trained; set temperature to 1"
-        )
-
-
-def _units(rows: Any, *, by_prompt: bool, shared: bool) -> tuple[list[list[int]], list[int]]:
-    """Pairs, or groups of pairs with one prompt, and the tokens each costs: `shared` prompts once, else padded rows."""
-    prompts, chosen, rejected = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    units: dict[Any, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        units.setdefault(tuple(prompt) if by_prompt else i, []).append(i)
-    sizes = []
-    for members in units.values():
-        answers = [len(side[i]) for i in members for side in (chosen, rejected)]
-        prompt = len(prompts[members[0]])
-        sizes.append(prompt + sum(answers) if shared else (prompt + max(answers)) * len(answers))
-    return list(units.values()), sizes

@@ -161,11 +161,10 @@ class Task:
         self.start = start_of(grid.model, folder)
         chat = grid.model != "tiny" and load_model(self.start)[1].chat_template is not None
         prompts = instructions(grid.prompts, grid.suffix, chat=chat, longest=grid.longest)
-        self.test, self.train = prompts[: grid.test_prompts], prompts[grid.test_prompts :]
+        n = grid.test_prompts
+        self.test, self.validation, self.train = prompts[:n], prompts[n : 2 * n], prompts[2 * n :]
         if len(self.train) < grid.prompts_per_step:
-            raise ValueError(
-                f"{len(prompts)} prompts leave {len(self.train)} to train on beside {len(self.test)} to test"
-            )
+            raise ValueError(f"{len(prompts)} prompts leave {len(self.train)} to train on beside twice {n} to test on")
         self.reward = reward_of(grid.reward, grid.max_tokens, self._mode)
         self.best, self.worst = self._best_and_worst()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from negtune.report.folder import Metrics
-from negtune.report.tables import bounds, change, compared_arms, interval, number
+from negtune.report.tables import change, compared_arms, difference, interval, number
 
 REWARD = "reward"
 WHAT, WORKED, COST = "What was to be preferred?", "Did it work?", "What did it cost?"
+WORDS = {"verb": "earns", "what": "reward"}
 
 
 def headline(metrics: Metrics) -> str:
@@ -18,21 +19,8 @@ def headline(metrics: Metrics) -> str:
 def worked(metrics: Metrics) -> list[str]:
     """Each arm against the one to start from: better, worse, or not told apart."""
     start, others = compared_arms(metrics)
-    sentences = [said for arm in others if (said := compared(metrics, arm, str(start))) is not None]
+    sentences = [said for arm in others if (said := difference(metrics, arm, str(start), **WORDS)) is not None]
     return sentences or ["Not known: it takes two arms, and the difference between them, to tell."]
-
-
-def compared(metrics: Metrics, arm: str, other: str) -> str | None:
-    """A sentence on the paired difference `minus other` of `arm`."""
-    name = f"minus {other}"
-    value, ends = metrics.value(arm, name), bounds(metrics, arm, name)
-    if value is None or ends is None:
-        return None
-    if ends[0] <= 0 <= ends[1]:
-        said = "is not told apart from"
-    else:
-        said = "earns more than" if value > 0 else "earns less than"
-    return f"{arm} {said} {other}: reward differs by {number(value)}, 95 % interval{interval(metrics, arm, name)}."
 
 
 def cost(metrics: Metrics) -> list[str]:

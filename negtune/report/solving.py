@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from negtune.report.folder import Metrics
-from negtune.report.tables import bounds, change, compared_arms, interval, number
+from negtune.report.tables import change, compared_arms, difference, interval, number
 
 ACCURACY = "accuracy"
 WHAT, WORKED, COST = "What was it to learn?", "Did it work?", "What did it cost?"
+WORDS = {"verb": "solves", "what": "accuracy"}
 
 
 def headline(metrics: Metrics) -> str:
@@ -19,22 +20,12 @@ def worked(metrics: Metrics) -> list[str]:
     """Each arm against each one before it: better, worse, or not told apart."""
     arms = list(metrics.arms)
     sentences = [
-        said for i, arm in enumerate(arms) for other in arms[:i] if (said := compared(metrics, arm, other)) is not None
+        said
+        for i, arm in enumerate(arms)
+        for other in arms[:i]
+        if (said := difference(metrics, arm, other, **WORDS)) is not None
     ]
     return sentences or ["Not known: it takes two arms, and the differences between them, to tell."]
-
-
-def compared(metrics: Metrics, arm: str, other: str) -> str | None:
-    """A sentence on the paired difference `minus other` of `arm`."""
-    name = f"minus {other}"
-    value, ends = metrics.value(arm, name), bounds(metrics, arm, name)
-    if value is None or ends is None:
-        return None
-    if ends[0] <= 0 <= ends[1]:
-        said = "is not told apart from"
-    else:
-        said = "solves more than" if value > 0 else "solves less than"
-    return f"{arm} {said} {other}: accuracy differs by {number(value)}, 95 % interval{interval(metrics, arm, name)}."
 
 
 def cost(metrics: Metrics) -> list[str]:

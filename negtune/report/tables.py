@@ -105,6 +105,18 @@ def interval(metrics: Metrics, arm: str, name: str) -> str:
     return "" if found is None else f" ({number(found[0])} to {number(found[1])})"
 
 
+def difference(metrics: Metrics, arm: str, other: str, *, verb: str, what: str) -> str | None:
+    """A sentence on the paired difference `minus other` of `arm`: whether it does (`verb`) more or less by `what`."""
+    name = f"minus {other}"
+    value, ends = metrics.value(arm, name), bounds(metrics, arm, name)
+    if value is None or ends is None:
+        return None
+    said = f"{verb} {'more' if value > 0 else 'less'} than"
+    if ends[0] <= 0 <= ends[1]:
+        said = "is not told apart from"
+    return f"{arm} {said} {other}: {what} differs by {number(value)}, 95 % interval{interval(metrics, arm, name)}."
+
+
 def compared_arms(metrics: Metrics) -> tuple[str | None, list[str]]:
     """The arm to start from (`before`, else the first) and those it is compared with (`after`, else all others)."""
     arms = list(metrics.arms)

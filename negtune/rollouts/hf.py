@@ -7,9 +7,11 @@ what batching does to the logits' last bits turns a token over.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from negtune.rollouts.sampler import (
 )
 
 ENGINE = "transformers"
+GOING_ON = 0.75
+"""A batch is made smaller when at most this share of its rows has not ended."""
 
 
 class HFSampler(Sampler):
@@ -80,86 +84,133 @@ class HFSampler(Sampler):
         for i, row in enumerate(ids):
             input_ids[i, width - len(row) :] = torch.tensor(row)
             attention_mask[i, width - len(row) :] = 1
-        draw = _Draw(params, [request.seed(params) for request in requests], device)
-        eos = set(eos_token_ids(self.tokenizer, causal_lm(self.model).generation_config))
-        ends = _Ends(self.tokenizer, params.stop, width, eos, len(ids))
         longest = self._longest()
-        rooms = [params.max_tokens if longest is None else min(params.max_tokens, longest - len(row)) for row in ids]
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-        with eval_mode(self.model), _plain_generation(self.model, self.tokenizer, max(rooms)):
-            cache = self._cache_of_prompts(ids, input_ids, attention_mask)
+        rows = [
+            _Row(
+                torch.Generator(device).manual_seed(request.seed(params)),
+                params.max_tokens if longest is None else min(params.max_tokens, longest - len(prompt_ids)),
+            )
+            for request, prompt_ids in zip(requests, ids, strict=True)
+        ]
+        with eval_mode(self.model), _plain_generation(self.model, self.tokenizer):
+            self._complete(rows, input_ids.to(device), attention_mask.to(device), params)
+        return [
+            make_rollout(
+                request,
+                params,
+                self,
+                ENGINE,
+                prompt_ids=prompt_ids,
+                completion_ids=row.ids,
+                logps=row.logps,
+                reason="stop" if row.stopped else "length",
+            )
+            for request, prompt_ids, row in zip(requests, ids, rows, strict=True)
+        ]
+
+    def _complete(
+        self,
+        rows: Sequence[_Row],
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        params: SamplingParams,
+    ) -> None:
+        """Draw until every row has ended; those that have are dropped from the batch where they are many."""
+        eos = set(eos_token_ids(self.tokenizer, causal_lm(self.model).generation_config))
+        cache = self._cache_of_prompts(input_ids, attention_mask)
+        while rows:
+            ends = _Ends(rows, self.tokenizer, params.stop, eos, droppable=cache is not None)
             out = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                **({} if cache is None else {"past_key_values": cache}),
-                logits_processor=[draw],
+                max_new_tokens=max(row.left for row in rows),
+                **({} if cache is None else {_cache_name(self.model): cache}),
+                logits_processor=[_Draw(rows, params)],
                 stopping_criteria=[ends],
             )
-        logps = torch.stack(draw.logps, 1).tolist()
-        rollouts = []
-        for i, (request, row) in enumerate(zip(requests, out[:, width:].tolist(), strict=True)):
-            stopped = (ends.lengths[i] or len(row) + 1) <= rooms[i]
-            length = ends.lengths[i] if stopped else rooms[i]
-            rollouts.append(
-                make_rollout(
-                    request,
-                    params,
-                    self,
-                    ENGINE,
-                    prompt_ids=ids[i],
-                    completion_ids=row[:length],
-                    logps=logps[i][:length],
-                    reason="stop" if stopped else "length",
-                )
-            )
-        return rollouts
+            going_on = [i for i, row in enumerate(rows) if not row.ended]
+            rows = [rows[i] for i in going_on]
+            if rows:
+                kept = torch.tensor(going_on, device=out.device)
+                cache.batch_select_indices(kept)
+                input_ids, drawn = out[kept], out.shape[1] - input_ids.shape[1]
+                attention_mask = nn.functional.pad(attention_mask[kept], (0, drawn), value=1)
 
-    def _cache_of_prompts(self, ids: Sequence[list[int]], input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Keys and values of all but the last token of every prompt, computed once for all completions of a prompt.
-
-        None where no prompt comes twice, or the model keeps a state that is not one of keys and values.
+    def _cache_of_prompts(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> Any:
+        """Keys and values of all but the last token of every prompt, computed once for all completions of a prompt;
+        empty where no prompt comes twice, None where the model keeps a state that is not one of keys and values.
         """
-        places_of: dict[tuple[int, ...], int] = {}
-        places = [places_of.setdefault(tuple(row), len(places_of)) for row in ids]
         lm = causal_lm(self.model)
-        if len(places_of) == len(ids) or input_ids.shape[1] == 1 or getattr(lm, "_is_stateful", False):
+        cache = DynamicCache(config=lm.config)
+        if getattr(lm, "_is_stateful", False) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             return None
+        places_of: dict[tuple[int, ...], int] = {}
+        whole = torch.cat([attention_mask, input_ids], 1).tolist()
+        places = [places_of.setdefault(tuple(row), len(places_of)) for row in whole]
+        if len(places_of) == len(places) or input_ids.shape[1] == 1:
+            return cache
         firsts = [places.index(i) for i in range(len(places_of))]
-        mask, cache = attention_mask[firsts, :-1], DynamicCache(config=lm.config)
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            return None
+        mask = attention_mask[firsts, :-1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        given = {"attention_mask": mask, "position_ids": positions, _cache_name(self.model): cache, "use_cache": True}
         self.model(input_ids=input_ids[firsts, :-1], logits_to_keep=1, **given)
         cache.batch_select_indices(torch.tensor(places, device=input_ids.device))
         return cache
 
 
-class _Draw(LogitsProcessor):
-    """Draws each row's token with its own random numbers, keeps its log-probability, and leaves nothing else likely."""
+def _cache_name(model: nn.Module) -> str:
+    """What transformers calls the argument, which has changed."""
+    return "cache" if "cache" in inspect.signature(causal_lm(model).forward).parameters else "past_key_values"
 
-    def __init__(self, params: SamplingParams, seeds: Sequence[int], device: torch.device) -> None:
-        self.params, self.logps = params, list[Tensor]()
-        self._noise = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+@dataclass
+class _Row:
+    """A completion that is being drawn, with its own random numbers, and the tokens that it may have."""
+
+    noise: torch.Generator
+    room: int
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.room - len(self.ids)
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or self.left == 0
+
+
+class _Draw(LogitsProcessor):
+    """Draws the token of each row that has not ended, keeps its log-probability, and leaves nothing else likely."""
+
+    def __init__(self, rows: Sequence[_Row], params: SamplingParams) -> None:
+        self.rows, self.params = rows, params
 
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        logits = scores.float()
+        going_on = [i for i, row in enumerate(self.rows) if not row.ended]
+        logits = scores[going_on].float()
         if self.params.temperature == 0:
             keys = logps = logits.log_softmax(-1)
         else:
             logps = cut((logits / self.params.temperature).log_softmax(-1), self.params).log_softmax(-1)
-            exponential = torch.stack(
-                [torch.empty(logps.shape[1], device=logps.device).exponential_(generator=g) for g in self._noise]
-            )
+            exponential = torch.empty_like(logps)
+            for i, row in zip(going_on, exponential, strict=True):
+                row.exponential_(generator=self.rows[i].noise)
             keys = logps - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
         tokens = keys.argmax(-1, keepdim=True)
-        self.logps.append(logps.gather(-1, tokens)[:, 0])
-        if not torch.isfinite(self.logps[-1]).all():
+        chosen = logps.gather(-1, tokens)[:, 0].tolist()
+        if not all(map(math.isfinite, chosen)):
             raise FloatingPointError(
                 "the model's logits are not numbers, and nothing can be drawn from them: the weights have diverged, or "
                 "the model cannot compute padded rows in this precision (try float32)"
             )
-        return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)
+        likely = torch.zeros_like(scores)
+        likely[going_on] = torch.full_like(logits, -math.inf, dtype=scores.dtype).scatter(-1, tokens, 0.0)
+        for i, logp in zip(going_on, chosen, strict=True):
+            self.rows[i].logps.append(logp)
+        return likely
 
 
 def cut(logps: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:
@@ -181,36 +232,40 @@ def cut(logps: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B
 
 
 class _Ends(StoppingCriteria):
-    """Ends a row at EOS or a stop text, and remembers how long it was: behind that `generate` writes padding."""
+    """Gives every row its token, and ends it at EOS, a stop text or its last position; behind that `generate` writes
+    padding. Ends the call where enough rows have ended to go on without them.
+    """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int, eos: set[int], rows: int) -> None:
-        self._tokenizer, self._stop, self._width, self._eos = tokenizer, stop, width, eos
-        self.lengths: list[int | None] = [None] * rows
+    def __init__(
+        self, rows: Sequence[_Row], tokenizer: Any, stop: Sequence[str], eos: set[int], *, droppable: bool
+    ) -> None:
+        self._rows, self._tokenizer, self._stop, self._eos, self._droppable = rows, tokenizer, stop, eos, droppable
         self._look_back = 2 + max((len(text.encode()) for text in stop), default=0)  # a token has a byte at least
 
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
-        drawn = input_ids.shape[1] - self._width
-        for i, row in enumerate(input_ids[:, max(self._width, input_ids.shape[1] - self._look_back) :].tolist()):
-            if self.lengths[i] is None and (row[-1] in self._eos or self._stopped(row)):
-                self.lengths[i] = drawn
-        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                row.ids.append(token)
+                row.stopped = token in self._eos or self._stop_text(row.ids[-self._look_back :])
+        ended = [row.ended for row in self._rows]
+        if self._droppable and len(ended) - sum(ended) <= GOING_ON * len(ended):
+            ended = [True] * len(ended)
+        return torch.tensor(ended, device=input_ids.device)
 
-    def _stopped(self, row: list[int]) -> bool:
+    def _stop_text(self, ids: list[int]) -> bool:
         if not self._stop:
             return False
-        text = self._tokenizer.decode(row, skip_special_tokens=False)  # a stop text may be one
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)  # a stop text may be one
         return any(stop in text for stop in self._stop)
 
 
 @contextmanager
-def _plain_generation(model: Any, tokenizer: Any, max_tokens: int) -> Iterator[None]:
+def _plain_generation(model: Any, tokenizer: Any) -> Iterator[None]:
     """No setting of the checkpoint's `generation_config` (penalties, top-k ...) has a part in what is drawn."""
     lm = causal_lm(model)
     before = lm.generation_config
     eos = eos_token_ids(tokenizer, before)
-    lm.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=padding_id(tokenizer)
-    )
+    lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=padding_id(tokenizer))
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from negtune.data.completions import collate, prompt_token_ids
 from negtune.models.forward import attach_scoring, completion_logps
 from negtune.models.structure import causal_lm, decoder_layers
 from negtune.models.tiny import tiny_lm, tiny_tokenizer
+from negtune.rollouts import hf
 from negtune.rollouts.hf import HFSampler, cut
 from negtune.rollouts.sampler import AGAIN, Rollout, SamplingParams, requests_for, share_of
 
@@ -90,6 +91,31 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(monkeypatch, adapter):
     for a, b in zip(shared, plain, strict=True):
         assert a.completion_ids == b.completion_ids
         assert a.logps == pytest.approx(b.logps, abs=1e-6)
+
+
+@pytest.mark.parametrize("same_prompt", [False, True])
+def test_completions_that_have_ended_are_computed_no_further(monkeypatch, same_prompt):
+    """And the others are what they would have been."""
+    model, tokenizer = tiny_lm(dtype=torch.float64), tiny_tokenizer()
+    sampler, read = HFSampler(model, tokenizer, batch_size=16), []
+    prompts = ["Where is Rome?"] if same_prompt else [f"{'far ' * i}Where" for i in range(16)]
+    params = SamplingParams(max_tokens=24, stop=("e", "a"))
+    hook = decoder_layers(model)[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[0]))
+    dropping = sampler.sample(prompts, 16 // len(prompts), params)
+    rows, read[:] = read[1:] if same_prompt else list(read), []
+    lengths = [len(r.completion_ids) for r in dropping]
+    needed = [sum(length > step for length in lengths) for step in range(max(lengths))]
+    assert len(rows) == len(needed)
+    assert all(now <= rows_now <= max(now / hf.GOING_ON, 1) for now, rows_now in zip(needed, rows, strict=True))
+    assert len(set(rows)) > 3
+    monkeypatch.setattr(hf, "GOING_ON", 0)
+    plain = sampler.sample(prompts, 16 // len(prompts), params)
+    hook.remove()
+    assert set(read[-len(needed) :]) == {16}
+    for a, b in zip(dropping, plain, strict=True):
+        assert (a.completion_ids, a.finish_reason) == (b.completion_ids, b.finish_reason)
+        assert a.logps == pytest.approx(b.logps, abs=1e-6)
+    assert len(set(lengths)) > 4
 
 
 def test_another_seed_gives_other_completions_and_other_keys(sampler):

@@ -30,7 +30,8 @@ def prepare_policy(model: Any, peft_config: Any = None, model_init_kwargs: dict[
         model_init_kwargs: for `from_pretrained` (`dtype`, `quantization_config`, ...). float32 unless given.
 
     Raises:
-        ValueError: nothing to train, an adapter on the LM head, or an architecture whose head is not understood.
+        ValueError: nothing to train, an adapter on the LM head or of virtual tokens, or an architecture whose head is
+            not understood.
     """
     if isinstance(model, str | os.PathLike):
         model = _load(str(model), dict(model_init_kwargs or {}))
@@ -43,6 +44,7 @@ def prepare_policy(model: Any, peft_config: Any = None, model_init_kwargs: dict[
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
+    _refuse_prompt_learning(model)
     _refuse_adapted_head(model)
     if not any(p.requires_grad for p in model.parameters()):
         hint = "a quantised model needs a peft_config" if _quantized(model) else "nothing has requires_grad=True"
@@ -154,6 +156,15 @@ def _load(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 def _quantized(model: nn.Module) -> bool:
     return bool(getattr(causal_lm(model), "is_quantized", False))
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    if is_peft(model) and getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(
+            f"{kind} adapters are made of virtual tokens, which neither the scoring of completions nor the samplers "
+            "place; use one that changes weights, peft_config=LoraConfig(...)"
+        )
 
 
 def _refuse_adapted_head(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from negtune import UnlearningConfig
@@ -434,6 +434,10 @@ def test_impossible_combinations_are_refused(unlearn, forget_rows, retain_rows, 
         unlearn(reference="adapter", train=False)
     with pytest.raises(ValueError, match="targets lm_head"):
         unlearn(trainer_kwargs={"peft_config": LoraConfig(target_modules=["lm_head"])}, train=False)
+    for adapter in (PromptTuningConfig, PrefixTuningConfig):
+        settings = adapter(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match=r"(PROMPT|PREFIX)_TUNING adapters are made of virtual tokens"):
+            unlearn(trainer_kwargs={"peft_config": settings}, train=False)
     with pytest.raises(ValueError, match="already carries an adapter"):
         unlearn(model=get_peft_model(load(knowing_folder), LORA), trainer_kwargs={"peft_config": LORA}, train=False)
     with pytest.raises(ValueError, match="layer must be between 0 and 1 for this model, got 7"):

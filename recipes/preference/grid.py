@@ -60,7 +60,7 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
     rows = grid.prompts_per_step
     if arm["trainer"] == "preference":
         rows *= given.get("pairs_per_prompt", 1)
-        given = {"dynamic_sampling": False, **given}
+        given = {"dynamic_sampling": False, "displacement_pairs": 0, **given}  # Task.measured follows its own
     elif given.get("selection") != "best":
         rows *= grid.num_generations
     micro_batches = next(n for n in range(math.ceil(rows / grid.micro_batch), rows + 1) if rows % n == 0)

@@ -41,6 +41,7 @@ parser.add_argument("--prompts", help="instructions: JSON lines, a folder of suc
 parser.add_argument("--reward", help="min_length, mode_length or one_sentence; instead of the file's")
 parser.add_argument("--suffix", help="behind every instruction; instead of the file's")
 parser.add_argument("--arms", nargs="+", help="of the file's only these")
+parser.add_argument("--rates", type=float, nargs="+", help="learning rates to sweep, instead of the file's")
 parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--threads", type=int, default=1, help="of one run")
@@ -153,7 +154,7 @@ def draw(found: Comparison, file: Path, reward: str) -> None:
 def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in ("prompts", "reward", "suffix", "seeds", "arms")}
+    given = {name: getattr(args, name) for name in ("prompts", "reward", "suffix", "rates", "seeds", "arms")}
     grid = read_grid(args.grid, **given)
     if args.smoke:
         grid = grid.shrunk()

@@ -198,10 +198,11 @@ class Task:
         shown = {"value": value, **{name: found.metrics[name] for name in ("reward", "kl", "length", "truncated")}}
         if seed == grid.sweep_seed:
             return shown
-        for side, rollouts in (("best", self.best), ("worst", self.worst)):
-            now = under(model, tokenizer)(rollouts)
-            changes = [(a - sum(r.logps)) / len(r.logps) for a, r in zip(now, rollouts, strict=True)]
-            shown[f"{side}/drift"] = sum(changes) / len(changes)
+        both = [r for pair in zip(self.best, self.worst, strict=True) for r in pair]  # of a prompt side by side
+        now = under(model, tokenizer)(both)
+        changes = [(a - sum(r.logps)) / len(r.logps) for a, r in zip(now, both, strict=True)]
+        for side, of_side in (("best", changes[::2]), ("worst", changes[1::2])):
+            shown[f"{side}/drift"] = sum(of_side) / len(of_side)
         return shown
 
     def _drawn(self, name: str, prompts: Sequence[Any]) -> list[Rollout]:

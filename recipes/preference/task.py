@@ -177,8 +177,8 @@ class Task:
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def measured(self, model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-        """Reward, KL and their value on held-out prompts, others on the seed of the sweep; where a rate is confirmed also
-        how the log-probability of the start's own best and worst answers has changed, in nats a token.
+        """Reward, KL and their value on held-out prompts, others on the seed of the sweep; where a rate is confirmed
+        also how the log-probability of the start's own best and worst answers has changed, in nats a token.
 
         The start is the model without its adapter.
         """

@@ -145,6 +145,7 @@ def draw(found: Comparison, file: Path, reward: str) -> None:
     axes.annotate("the start", (0, sum(start) / len(start)), color="grey", va="bottom", fontsize=9)
     axes.set(xlabel="KL(policy || start), nats a completion", ylabel=f"{reward} reward on held-out prompts")
     axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xlim(left=-0.1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=130)

@@ -29,6 +29,13 @@ class OnPolicyConfig(PolicyConfig):
     )
     reuse: int = field(default=1, metadata={"help": "Passes over the samples of a round; divides steps_per_round."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens of a drawn completion."})
+    mask_truncated_completions: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave completions that were cut there unscored: in no pair, no baseline, no loss. False: they are "
+            "scored as they stand, as a reward on length wants them."
+        },
+    )
     top_p: float = field(default=1.0, metadata={"help": "Of the draw. Below 1 no importance ratio is right."})
     top_k: int = field(
         default=0, metadata={"help": "Of the draw; 0: all tokens. Above 0 no importance ratio is right."}
@@ -131,6 +138,7 @@ class OnPolicyConfig(PolicyConfig):
             max_refills=self.max_refills,
             max_empty_rounds=self.max_empty_rounds or 2**31,
             step_scores=self.step_scores,
+            mask_truncated_completions=self.mask_truncated_completions,
             max_unscored=self.max_unscored,
             seed=self.seed,
         )

@@ -92,6 +92,7 @@ class RoundSettings:
     max_refills: int
     max_empty_rounds: int
     step_scores: str
+    mask_truncated_completions: bool
     max_unscored: float
     seed: int
 
@@ -247,13 +248,14 @@ class Rounds:
         ]
 
     def _scored(self, drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`score`, `outcome`, `step_ends`, `step_scores` of each; no scores for what was cut or failed.
+        """`score`, `outcome`, `step_ends`, `step_scores` of each; no scores for what failed, or was cut and is masked.
 
         Scored anew by a run that finds its rollouts on the disk: the scorer may be another one.
         """
         there: dict[str, dict[str, Any]] = {}
+        whole = ("stop",) if self.settings.mask_truncated_completions else ("stop", "length")
         for some in in_parts(drawn, self._part):
-            fit = [record for record in some if record["finish_reason"] == "stop"]
+            fit = [record for record in some if record["finish_reason"] in whole]
             self._extra.clear()
             verdicts = dict(zip((record["key"] for record in fit), self._verify(fit), strict=True))
             self._seen = [*self._seen, *verdicts.values()][-RECENT:]
@@ -443,5 +445,6 @@ def _no_signal(rows: Sequence[Mapping[str, Any]], empty: int, maker: RowMaker) -
     ends = ", ".join(f"{count} x {reason}" for reason, count in Counter(r["finish_reason"] for r in rows).most_common())
     return (
         f"{empty} rounds in a row {maker.nothing}. The last one's rewards: {seen}; completions ended with: {ends}. "
-        f"{maker.way_out}, a larger max_completion_length if they were cut, or raise max_empty_rounds"
+        f"{maker.way_out}, a larger max_completion_length or mask_truncated_completions=False if they were cut, or "
+        "raise max_empty_rounds"
     )

@@ -4,9 +4,9 @@ Paper       Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy
 Axes        Every arm is a trainer with settings. steps_per_round is how on-policy it is: 1 draws at every step, as many
             as there are steps draws everything from the start (offline); reuse is the number of passes over a round;
             loss_type, selection and pair_selection say whether what is worse is pushed down.
-Controls    Equal prompts, samples and optimiser steps; ties and cut answers are left out; the learning rate swept per
-            arm on a seed and prompts of its own, chosen by reward - kl_price KL; doing nothing in the table, intervals
-            over seeds.
+Controls    Equal prompts, samples and optimiser steps; ties left out; cut answers scored as they stand, in training as
+            in the measurement; the learning rate swept per arm on a seed and prompts of its own, chosen by reward -
+            kl_price KL; doing nothing in the table, intervals over seeds.
 Expected    The paper: on-policy samples and a negative gradient help where good answers are rare under the start
             (min_length) and not where they are typical of it (mode_length).
 Measured    recipes/LOG.md
@@ -81,7 +81,8 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
             "disable_tqdm": True,
             "max_empty_rounds": 0,
         },
-        **{"max_length": None, "attest_every": 0, "gradient_norms_every": 0, **given},
+        **{"max_length": None, "mask_truncated_completions": False},
+        **{"attest_every": 0, "gradient_norms_every": 0, **given},
     )
 
 

@@ -233,6 +233,23 @@ def test_unscored_and_cut_samples_are_in_no_pair(online):
     assert all(row[f"{side}_ids"][-1] == eos for row in cut.on_policy.round.rows for side in ("chosen", "rejected"))
 
 
+def test_cut_samples_are_scored_as_they_stand_where_they_are_not_masked(online):
+    def short(completion_ids, **columns):
+        return [-float(len(ids)) for ids in completion_ids]
+
+    settings = {"max_completion_length": 12, "max_steps": 2, "displacement_pairs": 0, "pair_selection": "best_worst"}
+    trainer = online(reward=short, mask_truncated_completions=False, **settings)
+    assert logged(trainer, "rounds/truncated")[0] > 0.1
+    assert logged(trainer, "rounds/unscored")[0] == 0
+    eos, rows = trainer.processing_class.eos_token_id, trainer.on_policy.round.rows
+    worse = [row["rejected_ids"] for row in rows]
+    assert any(len(ids) == 12 and ids[-1] != eos for ids in worse)
+    assert all(len(row["chosen_ids"]) < len(row["rejected_ids"]) for row in rows)
+    assert [len(row["rejected_behaviour"]) for row in rows] == list(map(len, worse))
+    masked = online(reward=short, output_dir=trainer.args.output_dir + "2", **settings)
+    assert logged(masked, "rounds/unscored") == pytest.approx(logged(masked, "rounds/truncated"))
+
+
 # --- Mixing -----------------------------------------------------------------------------------------------------------
 
 

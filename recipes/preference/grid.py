@@ -81,7 +81,7 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
             "disable_tqdm": True,
             "max_empty_rounds": 0,
         },
-        **{"max_length": None, "mask_truncated_completions": False},
+        **{"max_length": None, "mask_truncated_completions": grid.mask_truncated_completions},
         **{"attest_every": 0, "gradient_norms_every": 0, **given},
     )
 

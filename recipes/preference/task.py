@@ -44,6 +44,8 @@ class Grid:
         micro_batch: rows of one forward pass.
         sample_batch: completions drawn at a time.
         max_tokens: of a completion.
+        mask_truncated_completions: leave cut ones out of the training; by default they are scored as they stand, there
+            as in the measurement.
         test_prompts, test_samples: held-out prompts, and samples of each, by which a policy is measured; the sweep has
             as many prompts of its own.
         kl_price: what a nat of KL costs: the rate is chosen by reward - kl_price KL. At 0 the best rate is nearly
@@ -65,6 +67,7 @@ class Grid:
     micro_batch: int = 16
     sample_batch: int = 64
     max_tokens: int = 24
+    mask_truncated_completions: bool = False
     test_prompts: int = 48
     test_samples: int = 2
     kl_price: float = 0.01

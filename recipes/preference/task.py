@@ -107,11 +107,16 @@ def read_grid(file: Path, **given: Any) -> Grid:
     """A grid file, with what the command line says instead.
 
     Raises:
-        ValueError: no such file, no mapping, or a name that a grid does not have.
+        ValueError: no such file, no YAML, no mapping, or a name that a grid does not have.
     """
     if not file.exists():
         raise ValueError(f"there is no grid file {file}")
-    found = yaml.safe_load(file.read_text())
+    try:
+        found = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ValueError(f"{file}{line} is no YAML: {getattr(error, 'problem', None) or error}") from error
     names = [f.name for f in fields(Grid)]
     if not isinstance(found, dict) or not set(found) <= set(names):
         wrong = sorted(set(found) - set(names)) if isinstance(found, dict) else type(found).__name__

@@ -120,6 +120,13 @@ def test_a_mistake_in_the_file_is_one_line(recipe, monkeypatch, capsys, tmp_path
     )
 
 
+def test_a_file_that_is_no_yaml_is_one_line(recipe, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("steps: 3\narms: [\n")
+    said = mistake(recipe[0].main, monkeypatch, capsys, ["--output_dir", str(tmp_path), "--grid", str(file)])
+    assert f"{file}, line 3 is no YAML: expected the node content" in said
+
+
 def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
     done = grid(tmp_path, "--grid", "/nowhere.yaml")
     assert done.returncode == 1

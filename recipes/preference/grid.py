@@ -157,9 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in ("prompts", "reward", "suffix", "rates", "seeds", "arms")}
-    grid = read_grid(args.grid, **given)
-    if args.smoke:
-        grid = grid.shrunk()
+    grid = read_grid(args.grid, smoke=args.smoke, **given)
     for arm in grid.arms.values():
         config(grid, arm, 1e-3, 0, args.output_dir / "runs").round_settings(1)  # refused before anything runs
     task = Task(grid, args.output_dir)

@@ -103,8 +103,8 @@ class Grid:
         return replace(self, model="tiny", prompts=None, suffix="", **fast, **small)
 
 
-def read_grid(file: Path, **given: Any) -> Grid:
-    """A grid file, with what the command line says instead.
+def read_grid(file: Path, *, smoke: bool = False, **given: Any) -> Grid:
+    """A grid file, shrunk for a smoke run, with what the command line says instead.
 
     Raises:
         ValueError: no such file, no YAML, no mapping, or a name that a grid does not have.
@@ -122,7 +122,8 @@ def read_grid(file: Path, **given: Any) -> Grid:
         wrong = sorted(set(found) - set(names)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{file}: a grid has {', '.join(names)}; this has {wrong}")
     only = given.pop("arms")
-    grid = Grid(**{**found, **{name: value for name, value in given.items() if value is not None}})
+    grid = Grid(**found).shrunk() if smoke else Grid(**found)
+    grid = replace(grid, **{name: value for name, value in given.items() if value is not None})
     if only is None:
         return grid
     missing = [name for name in only if name not in grid.arms]

@@ -67,6 +67,16 @@ def test_every_arm_has_as_many_prompts_a_step_whatever_the_micro_batch(recipe, t
         assert given.round_settings(1).prompts_per_round == prompts * rounds, name
 
 
+def test_a_flag_stands_before_what_a_smoke_run_shrinks(recipe):
+    _, task = recipe
+    file = GRID.with_suffix(".yaml")
+    assert task.read_grid(file, smoke=True, arms=None).model == "tiny"
+    given = {"rates": [5e-3], "seeds": [7, 8, 9], "suffix": " Now.", "prompts": "p.jsonl"}
+    grid = task.read_grid(file, smoke=True, arms=["RWR"], **given)
+    assert {name: getattr(grid, name) for name in given} == given
+    assert list(grid.arms) == ["RWR"]
+
+
 def test_answers_of_another_draw_are_not_taken_for_those_of_this_one(recipe, tmp_path, chain_folder):
     _, task = recipe
     grid = task.Grid({"a": {"trainer": "preference"}}, model=chain_folder, test_prompts=4, max_tokens=8)

@@ -190,27 +190,29 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         going_on = [i for i, row in enumerate(self.rows) if not row.ended]
-        logits = scores[going_on].float()
+        logits = scores[going_on].float()  # a copy, and the largest of tensors here: changed in place from now on
         if self.params.temperature == 0:
             keys = logps = logits.log_softmax(-1)
         else:
-            logps = cut((logits / self.params.temperature).log_softmax(-1), self.params).log_softmax(-1)
-            exponential = torch.empty_like(logps)
+            logps = logits.div_(self.params.temperature).log_softmax(-1)
+            if self.params.truncated:
+                logps = cut(logps, self.params).log_softmax(-1)
+            exponential = logits
             for i, row in zip(going_on, exponential, strict=True):
                 row.exponential_(generator=self.rows[i].noise)
-            keys = logps - exponential.clamp(min=torch.finfo(torch.float32).tiny).log()
-        tokens = keys.argmax(-1, keepdim=True)
-        chosen = logps.gather(-1, tokens)[:, 0].tolist()
+            keys = exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_().add_(logps)
+        tokens = keys.argmax(-1)
+        chosen = logps.gather(-1, tokens[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, chosen)):
             raise FloatingPointError(
                 "the model's logits are not numbers, and nothing can be drawn from them: the weights have diverged, or "
                 "the model cannot compute padded rows in this precision (try float32)"
             )
-        likely = torch.zeros_like(scores)
-        likely[going_on] = torch.full_like(logits, -math.inf, dtype=scores.dtype).scatter(-1, tokens, 0.0)
         for i, logp in zip(going_on, chosen, strict=True):
             self.rows[i].logps.append(logp)
-        return likely
+        scores = scores.fill_(-math.inf)
+        scores[going_on, tokens] = 0.0
+        return scores
 
 
 def cut(logps: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:

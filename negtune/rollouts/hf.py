@@ -235,7 +235,8 @@ def cut(logps: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B
 
 class _Ends(StoppingCriteria):
     """Gives every row its token, and ends it at EOS, a stop text or its last position; behind that `generate` writes
-    padding. Ends the call where enough rows have ended to go on without them.
+    padding. Ends the call where enough rows have ended to go on without them, or where one that has ended would be
+    given a position that the model does not have.
     """
 
     def __init__(
@@ -250,7 +251,9 @@ class _Ends(StoppingCriteria):
                 row.ids.append(token)
                 row.stopped = token in self._eos or self._stop_text(row.ids[-self._look_back :])
         ended = [row.ended for row in self._rows]
-        if self._droppable and len(ended) - sum(ended) <= GOING_ON * len(ended):
+        drawn = max(len(row.ids) for row in self._rows)
+        few, over = len(ended) - sum(ended) <= GOING_ON * len(ended), any(drawn >= row.room for row in self._rows)
+        if self._droppable and (few or over):
             ended = [True] * len(ended)
         return torch.tensor(ended, device=input_ids.device)
 

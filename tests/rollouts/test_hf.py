@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from negtune.data.completions import collate, prompt_token_ids
 from negtune.models.forward import attach_scoring, completion_logps
@@ -155,6 +156,26 @@ def test_a_completion_ends_with_the_models_positions(sampler, prompt):
         sampler.sample([""], params=SHORT)
     with pytest.raises(ValueError, match="at least 0.01, got 0.001"):
         SamplingParams(temperature=0.001)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_row_at_its_last_position_leaves_a_batch_that_goes_on(early):
+    """GPT-2 looks its positions up in a table: there is no row behind the last."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    model, tokenizer = GPT2LMHeadModel(config).double().eval(), tiny_tokenizer()
+    long, params = "Where is Rome? " * 4, SamplingParams(max_tokens=30)
+    prompts = [long, *(f"Who is {i}?" for i in range(9))]
+    room = 40 - len(tokenizer(long)["input_ids"])
+    assert 0 < room < 30
+    if early:  # it has ended before, and its place in the batch would run over
+        first = HFSampler(model, tokenizer).sample([long], params=params)[0].completion_ids[0]
+        model.generation_config.eos_token_id = [1, first]
+    together = HFSampler(model, tokenizer, batch_size=16).sample(prompts, params=params)
+    alone = HFSampler(model, tokenizer, batch_size=1).sample(prompts, params=params)
+    assert [r.completion_ids for r in together] == [r.completion_ids for r in alone]
+    assert len(together[0].completion_ids) == (1 if early else room) < max(len(r.completion_ids) for r in together)
 
 
 def test_the_likeliest_token_is_taken_whatever_the_cuts(sampler):

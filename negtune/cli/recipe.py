@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from negtune.cli.main import explain, is_ours
@@ -35,6 +35,20 @@ def run_recipe(main: Callable[[], None], resume: str = CHECKPOINT) -> None:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     _leave_process_group()
+
+
+def parsed(parser: Any, smoke: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a `TrlParser` makes of the command line and its YAML file.
+
+    Args:
+        parser: whose first dataclass has `smoke`.
+        smoke: settings of a smoke run; before those of the file, behind a flag that was typed.
+    """
+    found = parser.parse_args_and_config()
+    if not found[0].smoke:
+        return found
+    flags = [text for name, value in smoke.items() for text in (f"--{name}", str(value))]
+    return parser.parse_args_and_config([*flags, *sys.argv[1:]])
 
 
 def _leave_process_group() -> None:

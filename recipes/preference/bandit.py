@@ -65,7 +65,10 @@ def main() -> None:
 def runs(settings: list[Setting], args: argparse.Namespace) -> dict[Setting, dict[str, list]]:
     """Metrics of every setting, a value per seed; what runs.jsonl holds is not run again."""
     path = args.output_dir / "runs.jsonl"
-    done = {key_of(row): row for row in (read_jsonl(path) if path.exists() else [])}
+    try:
+        done = {key_of(row): row for row in (read_jsonl(path) if path.exists() else [])}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of this version ({error}); move it away, or take another folder") from error
     trained = {setting: small(setting) if args.smoke else setting for setting in settings}
     jobs = list(dict.fromkeys((setting, seed) for seed in args.seeds for setting in trained.values()))
     missing = [job for job in jobs if job not in done]

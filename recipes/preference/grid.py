@@ -30,7 +30,9 @@ from task import Grid, Task, read_grid
 from negtune import AdvantageConfig, AdvantageTrainer, HFSampler, PreferenceConfig, PreferenceTrainer
 from negtune.cli.recipe import run_recipe
 from negtune.eval.compare import DO_NOTHING, Arm, Comparison, compare
+from negtune.ops import needs_of
 from negtune.trainers.guards import GuardStop
+from negtune.trainers.preference_checks import check_fresh
 from negtune.trainers.rounds import NoSignalError
 from negtune.trainers.steps import NonFiniteLossError
 
@@ -47,6 +49,12 @@ parser.add_argument("--workers", type=int, default=1, help="runs side by side, o
 parser.add_argument("--threads", type=int, default=1, help="of one run")
 parser.add_argument("--smoke", action="store_true")
 
+OF_THE_GRID = {
+    **{"num_generations": "num_generations", "max_completion_length": "max_tokens", "max_steps": "steps"},
+    **{"learning_rate": "rates", "seed": "seeds", "mask_truncated_completions": "mask_truncated_completions"},
+    **{"per_device_train_batch_size": "prompts_per_step", "gradient_accumulation_steps": "micro_batch"},
+}
+"""Settings that an arm has no say in, and what says them."""
 TRAINERS: dict[str, tuple[Any, Any]] = {
     "preference": (PreferenceTrainer, PreferenceConfig),
     "advantage": (AdvantageTrainer, AdvantageConfig),
@@ -56,6 +64,9 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
 def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: Path) -> Any:
     """Settings of a run: the arm's, on top of what all share."""
     given = arm_settings(arm)
+    for name, theirs in OF_THE_GRID.items():
+        if name in given:
+            raise ValueError(f"{name} is the same for all arms: leave it out, and set {theirs} of the grid")
     if given.get("steps_per_round") == "all":
         given["steps_per_round"] = grid.steps
     rows = grid.prompts_per_step
@@ -69,21 +80,30 @@ def config(grid: Grid, arm: Mapping[str, Any], rate: float, seed: int, folder: P
     unknown = sorted(set(given) - {f.name for f in fields(config_class)})
     if unknown:
         raise ValueError(f"{config_class.__name__} has no setting {unknown[0]!r}, which an arm of the grid has")
-    return config_class(
+    settings = {
         **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": grid.steps},
         **{"per_device_train_batch_size": rows // micro_batches, "num_generations": grid.num_generations},
         **{"gradient_accumulation_steps": micro_batches, "logging_steps": max(1, grid.steps // 4)},
         **{"max_completion_length": grid.max_tokens, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1},
-        **{
-            "weight_decay": 0.0,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "max_empty_rounds": 0,
-        },
+        **{"weight_decay": 0.0, "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
         **{"max_length": None, "mask_truncated_completions": grid.mask_truncated_completions},
-        **{"attest_every": 0, "gradient_norms_every": 0, **given},
-    )
+        **{"max_empty_rounds": 0, "attest_every": 0, "gradient_norms_every": 0, **given},
+    }
+    return config_class(**settings)
+
+
+def checked(grid: Grid, name: str, folder: Path) -> None:
+    """Raise ValueError, with the name of the arm, for settings that no run of it could have."""
+    arm = grid.arms[name]
+    try:
+        given = config(grid, arm, 1e-3, 0, folder)
+        given.round_settings(1)
+        if arm["trainer"] == "preference":
+            check_fresh(given, needs_of(given.objective()), None)
+            if given.on_policy_fraction < 1:
+                raise ValueError("on_policy_fraction below 1 mixes in pairs, and a grid has prompts alone")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"arm {name!r}: {error}") from error
 
 
 def trained(task: Task, name: str, rate: float, seed: int) -> dict[str, float]:
@@ -158,8 +178,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in ("prompts", "reward", "suffix", "rates", "seeds", "arms")}
     grid = read_grid(args.grid, smoke=args.smoke, **given)
-    for arm in grid.arms.values():
-        config(grid, arm, 1e-3, 0, args.output_dir / "runs").round_settings(1)  # refused before anything runs
+    for name in grid.arms:
+        checked(grid, name, args.output_dir / "runs")  # refused before anything runs
     task = Task(grid, args.output_dir)
     arms = [
         Arm(name, run_of(task, name), tuple(arm_rates(grid, name)), {"trainer": arm["trainer"], **arm_settings(arm)})

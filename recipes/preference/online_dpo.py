@@ -24,7 +24,7 @@ from task import REWARDS, instructions, reward_of, start_of
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from negtune import HFSampler, PreferenceConfig, PreferenceTrainer, SamplingParams, VLLMSampler
-from negtune.cli.recipe import no_push, run_recipe
+from negtune.cli.recipe import no_push, parsed, run_recipe
 from negtune.eval.frontier import Measured, reward_and_kl, under
 from negtune.eval.run import Run
 from negtune.metrics.stats import paired_difference
@@ -37,6 +37,10 @@ from negtune.trainers.on_policy import last_whole_checkpoint
 from negtune.verifiers.rewards import RewardModel
 
 SHOWN = 5
+SMOKE = {
+    **{"model_name_or_path": "tiny", "suffix": "", "test_prompts": 8, "max_completion_length": 16},
+    **{"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1},
+}
 PAPER = "Direct Language Model Alignment from Online AI Feedback"
 
 
@@ -52,27 +56,32 @@ class OnlineArguments:
     sample_batch: int = field(default=64, metadata={"help": "Completions at a time, with hf."})
     test_prompts: int = field(default=64, metadata={"help": "Held out."})
     test_samples: int = field(default=2, metadata={"help": "Of each."})
-    smoke: bool = field(default=False, metadata={"help": "A tiny model, a few steps: does it run?"})
+    smoke: bool = field(default=False, metadata={"help": "A tiny model, a few steps, unless a flag says otherwise."})
 
 
 def main() -> None:
     parser = TrlParser((OnlineArguments, PreferenceConfig, ModelConfig))
-    given, args, model_args = parser.parse_args_and_config()
+    given, args, model_args = parsed(parser, SMOKE)
     refuse(given, args)
-    if given.smoke:
-        model_args.model_name_or_path, args.max_steps, args.per_device_train_batch_size = "tiny", 3, 4
-        given.prompts, given.suffix, given.test_prompts, args.max_completion_length = None, "", 8, 16
-        args.logging_steps = 1
     folder = Path(args.output_dir)
     base = start_of(model_args.model_name_or_path or "smollm2", folder)
     model, tokenizer = load_model(base, dtype=model_args.dtype, load_in_4bit=model_args.load_in_4bit)
     chat = tokenizer.chat_template is not None and model_args.model_name_or_path != "tiny"
     prompts = instructions(given.prompts, given.suffix, chat=chat)
+    if len(prompts) <= given.test_prompts:
+        raise ValueError(
+            f"--prompts has {len(prompts)} prompts that fit, and --test_prompts {given.test_prompts} holds them all "
+            "out: none is left to train on; lower it"
+        )
     test, train = prompts[: given.test_prompts], [{"prompt": p} for p in prompts[given.test_prompts :]]
     reward: Any = reward_of(given.reward, args.max_completion_length, lambda: given.mode)
     if given.reward_model is not None:
         reward = RewardModel.load(given.reward_model, device=args.device)
-    data = train if given.pairs is None else {"prompts": train, "pairs": read_jsonl(Path(given.pairs))}
+    data: Any = train
+    if given.pairs is not None:
+        data = {"prompts": train, "pairs": read_jsonl(Path(given.pairs))}
+        if not data["pairs"]:
+            raise ValueError(f"--pairs {given.pairs} has no line; leave it out, with --on_policy_fraction 1")
     trainer = PreferenceTrainer(
         model=model,
         args=args,
@@ -114,8 +123,9 @@ def refuse(given: OnlineArguments, args: PreferenceConfig) -> None:
         raise ValueError(f"--engine must be hf or vllm, got {given.engine!r}")
     if (given.pairs is None) != (args.on_policy_fraction == 1):
         raise ValueError("--pairs are mixed in at --on_policy_fraction below 1; give both, or neither")
-    if min(given.test_prompts, given.test_samples) < 1:
-        raise ValueError("--test_prompts and --test_samples must be at least 1")
+    for name in ("test_prompts", "test_samples", "sample_batch", "mode"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
 
 
 def sampler_of(given: OnlineArguments, model: Any, tokenizer: Any) -> Sampler:

@@ -25,6 +25,10 @@ from negtune.verifiers.shape import MinLength, ModeLength, OneSentence
 
 REWARDS = ("min_length", "mode_length", "one_sentence")
 NOT_DECIDING = ("seeds", "sweep_seed", "rates", "arms")
+COUNTS = (
+    *("longest", "steps", "prompts_per_step", "num_generations", "micro_batch", "sample_batch", "max_tokens"),
+    *("test_prompts", "test_samples", "lora_r"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,18 @@ class Grid:
     lora_r: int = 16
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        object.__setattr__(self, "rates", _numbers("rates", self.rates))
+        object.__setattr__(self, "kl_price", _numbers("kl_price", [self.kl_price])[0])
+        if not isinstance(self.seeds, list) or not all(type(s) is int for s in [*self.seeds, self.sweep_seed]):
+            raise ValueError(f"seeds and sweep_seed must be whole numbers, got {self.seeds!r} and {self.sweep_seed!r}")
         if self.reward not in REWARDS:
             raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {self.reward!r}")
-        if not self.arms:
-            raise ValueError("a grid needs arms: names with a trainer and its settings")
+        if not isinstance(self.arms, dict) or not self.arms:
+            raise ValueError(f"a grid needs arms: names with a trainer and its settings, got {self.arms!r}")
         for name, arm in self.arms.items():
             if not isinstance(arm, dict) or arm.get("trainer") not in ("preference", "advantage"):
                 raise ValueError(f"arm {name!r} needs trainer: preference or advantage, and settings of its config")
@@ -101,6 +113,16 @@ class Grid:
         }
         fast = {"rates": [1e-3, 1e-2], "seeds": self.seeds[:2]}
         return replace(self, model="tiny", prompts=None, suffix="", **fast, **small)
+
+
+def _numbers(name: str, given: Any) -> list[float]:
+    """A list of numbers; YAML reads 1e-4 as a text, and 1.0e-4 as a number."""
+    try:
+        if not isinstance(given, list) or not given:
+            raise TypeError
+        return [float(value) for value in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers, in a list where there may be several; got {given!r}") from None
 
 
 def read_grid(file: Path, *, smoke: bool = False, **given: Any) -> Grid:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import TrlParser
 
-from negtune.cli.recipe import run_recipe
+from negtune.cli.recipe import parsed, run_recipe
 from negtune.records import read_jsonl
 from negtune.rollouts.store import RecordStore
 from tests.recipes.test_recipes import ROOT, launch
@@ -77,6 +78,21 @@ def test_a_flag_stands_before_what_a_smoke_run_shrinks(recipe):
     assert list(grid.arms) == ["RWR"]
 
 
+def test_a_rate_may_be_written_without_a_point(recipe, tmp_path):
+    _, task = recipe
+    file = tmp_path / "grid.yaml"
+    file.write_text(GRID.with_suffix(".yaml").read_text().replace("[1.0e-4, 3.0e-4, 1.0e-3]", "[1e-4, 3e-4]"))
+    assert task.read_grid(file, arms=None).rates == [1e-4, 3e-4]
+
+
+def test_an_arm_may_have_what_the_grid_does_not_set(recipe, tmp_path):
+    functions, task = recipe
+    grid = task.read_grid(GRID.with_suffix(".yaml"), arms=None)
+    arm = {"trainer": "preference", "weight_decay": 0.1, "lr_scheduler_type": "linear"}
+    given = functions.config(grid, arm, 1e-3, 0, tmp_path)
+    assert (given.weight_decay, str(given.lr_scheduler_type)) == (0.1, "SchedulerType.LINEAR")
+
+
 def test_answers_of_another_draw_are_not_taken_for_those_of_this_one(recipe, tmp_path, chain_folder):
     _, task = recipe
     grid = task.Grid({"a": {"trainer": "preference"}}, model=chain_folder, test_prompts=4, max_tokens=8)
@@ -120,6 +136,16 @@ def mistake(main, monkeypatch, capsys, flags: list[str]) -> str:
         ({"arms": {"a": {"loss_type": "dpo"}}}, "arm 'a' needs trainer: preference or advantage"),
         ({"arms": {"a": {"trainer": "preference", "loss_type": "dpoo"}}}, "unknown loss_type 'dpoo'"),
         ({"arms": {"a": {"trainer": "preference", "losstype": "dpo"}}}, "losstype"),
+        ({"arms": {"a": {"trainer": "preference", "num_generations": 8}}}, "arm 'a': num_generations is the same for"),
+        ({"arms": {"a": {"trainer": "preference", "beta": "x"}}}, "arm 'a': "),
+        ({"arms": {"a": {"trainer": "preference", "pair_selection": "first_pit"}}}, "arm 'a': pair_selection=first"),
+        ({"arms": {"a": {"trainer": "preference", "on_policy_fraction": 0.5}}}, "arm 'a': on_policy_fraction below"),
+        ({"arms": ["dpo"]}, "a grid needs arms: names"),
+        ({"rates": 0.001}, "rates must be numbers, in a list"),
+        ({"rates": ["fast"]}, "rates must be numbers, in a list"),
+        ({"steps": "x"}, "steps must be a whole number of at least 1, got 'x'"),
+        ({"micro_batch": 0}, "micro_batch must be a whole number of at least 1, got 0"),
+        ({"seeds": [0.5]}, "seeds and sweep_seed must be whole numbers"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(recipe, monkeypatch, capsys, tmp_path, change, message):
@@ -173,6 +199,26 @@ def test_online_dpo_reports_before_and_after_and_goes_on_after_a_kill(tmp_path):
     assert sorted(drawn) == sorted(r["key"] for r in RecordStore(tmp_path / "whole" / "rounds"))
     found = json.loads((folder / "metrics.json").read_text())
     assert found["arms"]["dpo"] == metrics["arms"]["dpo"]
+    again = launch("preference/online_dpo.py", folder, *flags)  # it has ended, and stays as it is
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert json.loads((folder / "metrics.json").read_text())["arms"]["dpo"] == metrics["arms"]["dpo"]
+    assert not (folder / "checkpoint-4").exists()
+
+
+def test_a_typed_flag_stands_before_a_smoke_run_and_that_before_the_file(recipe, monkeypatch, tmp_path):
+    online = importlib.import_module("online_dpo")
+    config = str(ROOT / "recipes" / "preference" / "online_dpo.yaml")
+
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["x", "--config", config, "--output_dir", str(tmp_path), *flags])
+        parser = TrlParser((online.OnlineArguments, online.PreferenceConfig, online.ModelConfig))
+        given, args, model = parsed(parser, online.SMOKE)
+        return model.model_name_or_path, args.max_steps, args.steps_per_round, given.suffix
+
+    assert parse() == ("smollm2", 32, 1, " Answer in a few words.")
+    assert parse("--smoke") == ("tiny", 3, 1, "")
+    assert parse("--smoke", "--max_steps", "7", "--suffix", " Now.") == ("tiny", 7, 1, " Now.")
+    assert parse("--smoke", "--prompts_per_round", "16") == ("tiny", 3, 4, "")  # of 4 rows a step, not 8
 
 
 @pytest.mark.parametrize(
@@ -182,6 +228,10 @@ def test_online_dpo_reports_before_and_after_and_goes_on_after_a_kill(tmp_path):
         (["--engine", "vlm"], "--engine must be hf or vllm"),
         (["--on_policy_fraction", "0.5"], "--pairs are mixed in"),
         (["--num_generations", "1"], "a pair needs at least 2 samples"),
+        (["--sample_batch", "0"], "--sample_batch must be at least 1, got 0"),
+        (["--mode", "-4"], "--mode must be at least 1, got -4"),
+        (["--test_prompts", "1000"], "--test_prompts 1000 holds them all out"),
+        (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
 def test_online_dpo_names_what_cannot_work(recipe, monkeypatch, capsys, tmp_path, flags, message):

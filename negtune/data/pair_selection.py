@@ -39,12 +39,16 @@ class PairSelection:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"pair_selection must be one of {', '.join(RULES)}, got {self.rule!r}")
-        if self.pairs_per_prompt < 1 or self.min_gap < 0:
+        if self.pairs_per_prompt < 1 or not self.min_gap >= 0:
             raise ValueError(
                 f"need pairs_per_prompt >= 1 and min_gap >= 0, got {self.pairs_per_prompt} and {self.min_gap}"
             )
         if self.rule == "mu_minus_2sigma" and self.pairs_per_prompt > 1:
             raise ValueError("mu_minus_2sigma gives one pair of a prompt; set pairs_per_prompt to 1")
+
+    def most(self, n: int) -> int:
+        """Pairs that the rule makes of `n` answers, at most."""
+        return {"all": n * (n - 1) // 2, "first_pit": n - 1, "mu_minus_2sigma": 1}.get(self.rule, n // 2)
 
     def choose(
         self, scores: Sequence[float | None], answers: Sequence[Hashable], *, seed: int

@@ -20,12 +20,13 @@ class Solved:
     """What was drawn and how it ended.
 
     Args:
-        rollouts, verdicts: in order of the rows, `n` each; a cut completion is unscored, the verifier does not see it.
+        rollouts, verdicts: in order of the rows, `n` each; a cut completion is unscored and the verifier does not see
+            it, unless asked for.
         tallies: one per row.
-        metrics: `accuracy`, the mean over rows of the share of correct completions among the scored ones, cut
-            completions counted as not solved; `accuracy_low`, `accuracy_high`, its 95 % bootstrap interval over rows;
-            `pass@k` (unbiased, 1 - C(n-c, k)/C(n, k)); `reward`, `unscored` (by the verifier), `truncated`; `length`,
-            `tokens`.
+        metrics: `accuracy`, the mean over rows of the share of correct completions among the scored ones, those
+            that were cut and not scored counted as not solved; `accuracy_low`, `accuracy_high`, its 95 % bootstrap
+            interval over rows; `pass@k` (unbiased, 1 - C(n-c, k)/C(n, k)); `reward`, `unscored` (by the verifier),
+            `truncated`; `length`, `tokens`.
     """
 
     rollouts: list[Rollout]
@@ -80,27 +81,36 @@ def solve_together(
     *,
     n: int,
     params: SamplingParams,
+    score_truncated: bool = False,
 ) -> Solved:
     """`solve` by all processes of a launch, each its share of the rows; every process must call it and gets it all."""
     state = PartialState()
     mine = rows[state.process_index :: state.num_processes]
-    parts = gather_object([answered(sampler, verifier, mine, n=n, params=params)])
+    parts = gather_object([answered(sampler, verifier, mine, n=n, params=params, score_truncated=score_truncated)])
     return summary([parts[i % len(parts)][i // len(parts)] for i in range(len(rows))])
 
 
+LEFT_OUT = Verdict("unscored", reason="cut")
 Answer = list[tuple[Rollout, Verdict]]
 """The completions of one row."""
 
 
 def answered(
-    sampler: Sampler, verifier: Verifier, rows: Sequence[Mapping[str, Any]], *, n: int, params: SamplingParams
+    sampler: Sampler,
+    verifier: Verifier,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    n: int,
+    params: SamplingParams,
+    score_truncated: bool = False,
 ) -> list[Answer]:
-    """Scored completions of every row."""
+    """Scored completions of every row; with `score_truncated` also those that were cut, as they stand."""
     rows = list(rows)
     if not rows:
         return []
     rollouts = sampler.sample([row["prompt"] for row in rows], n, params)
-    verdicts = _verdicts(verifier, rollouts, [row for row in rows for _ in range(n)])
+    scored = ("stop", "length") if score_truncated else ("stop",)
+    verdicts = _verdicts(verifier, rollouts, [row for row in rows for _ in range(n)], scored)
     pairs = list(zip(rollouts, verdicts, strict=True))
     return [pairs[start : start + n] for start in range(0, len(pairs), n)]
 
@@ -113,16 +123,17 @@ def summary(answers: Sequence[Answer], ks: Sequence[int] | None = None) -> Solve
     tallies = []
     for answer in answers:
         correct = sum(v.outcome == "correct" for _, v in answer)
-        wrong = sum(v.outcome == "wrong" or r.finish_reason == "length" for r, v in answer)
+        wrong = sum(v.outcome == "wrong" or _left_out(r, v) for r, v in answer)
         tallies.append(Tally(correct, wrong, n - correct - wrong))
     scores = [v.score for _, v in pairs if v.score is not None]
     values = [float(t.value) for t in tallies if t.value is not None]
     lengths = [len(r.completion_ids) for r, _ in pairs]
     cut = sum(r.finish_reason == "length" for r, _ in pairs)
+    failed = sum(v.score is None and not _left_out(r, v) for r, v in pairs)
     metrics = {
         "accuracy": _mean(values),
         "reward": _mean(scores),
-        "unscored": (len(pairs) - len(scores) - cut) / len(pairs),
+        "unscored": failed / len(pairs),
         "truncated": cut / len(pairs),
         "length": _mean(lengths),
         "tokens": float(sum(lengths)),
@@ -135,14 +146,21 @@ def summary(answers: Sequence[Answer], ks: Sequence[int] | None = None) -> Solve
     return Solved([r for r, _ in pairs], [v for _, v in pairs], tallies, metrics)
 
 
-def _verdicts(verifier: Verifier, rollouts: Sequence[Rollout], owners: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    fit = [(r, row) for r, row in zip(rollouts, owners, strict=True) if r.finish_reason == "stop"]
+def _left_out(rollout: Rollout, verdict: Verdict) -> bool:
+    """Cut, and not shown to the verifier."""
+    return rollout.finish_reason == "length" and verdict == LEFT_OUT
+
+
+def _verdicts(
+    verifier: Verifier, rollouts: Sequence[Rollout], owners: Sequence[Mapping[str, Any]], scored: Sequence[str]
+) -> list[Verdict]:
+    fit = [(r, row) for r, row in zip(rollouts, owners, strict=True) if r.finish_reason in scored]
     names = dict.fromkeys(name for row in owners for name in row if name not in ("prompt", "prefix"))
     columns = {name: [row.get(name) for _, row in fit] for name in names}
     texts = [r.text if isinstance(r.prompt, str) else [{"role": "assistant", "content": r.text}] for r, _ in fit]
     prompts, ids = [r.prompt for r, _ in fit], [r.completion_ids for r, _ in fit]
     found = iter(verdicts_of(verifier, prompts, texts, ids, columns) if fit else [])
-    return [next(found) if r.finish_reason == "stop" else Verdict("unscored", reason="cut") for r in rollouts]
+    return [next(found) if r.finish_reason in scored else LEFT_OUT for r in rollouts]
 
 
 def _mean(values: Sequence[float | int]) -> float:

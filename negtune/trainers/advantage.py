@@ -43,7 +43,7 @@ from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import SkipEmptySteps, stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
 from negtune.verifiers.verdict import Verifier
 
 PROGRESS = (
@@ -226,6 +226,8 @@ class AdvantageTrainer(BaseTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the rows and judged tokens of the whole step."""
+        if has_ended(self):
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             tell_step_totals(self, batches, _counts)

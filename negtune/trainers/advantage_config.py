@@ -135,6 +135,11 @@ class AdvantageConfig(OnPolicyConfig):
                 "selection=best gives the best completion advantage 1, whatever the others have; leave baseline and "
                 "scale_advantages out"
             )
+        if self.selection == "best" and not self.signs()[0]:
+            raise ValueError(
+                f"selection=best trains on good completions alone, and loss_type={self.loss_type} moves nothing for "
+                "them with these weights; set one of the two otherwise"
+            )
         if self.min_reward is not None and self.selection != "best":
             raise ValueError("min_reward is a limit for selection=best; set that, or leave it out")
         if self.dynamic_sampling and "batch" in (self.baseline, self.scale_advantages):

@@ -96,7 +96,11 @@ def trains_on_cpu() -> bool:
     return told or not torch.accelerator.is_available()
 
 
+LEVELS = ("token", "step", "sequence")
 RANGES = {
+    "epsilon_low": ("between 0 and 1", lambda value: 0 <= value <= 1),
+    "epsilon_high": ("at least 0 and finite", lambda value: 0 <= value < float("inf")),
+    "level": ("one of " + ", ".join(LEVELS), lambda value: value in LEVELS),
     "alpha": ("between 0 and 1", lambda value: 0 <= value <= 1),
     "label_smoothing": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "penalty": ("at least 0 and finite", lambda value: 0 <= value < float("inf")),
@@ -117,12 +121,19 @@ def bind_objective(family: dict[str, Any], name: str, kwargs: dict[str, Any], se
     for key in kwargs:
         if key not in known:
             raise ValueError(f"{name} has no hyper-parameter {key!r}; it has {', '.join(known) or 'none'}")
+    for key, value in kwargs.items():
+        if isinstance(parameters[key].default, float) and not isinstance(value, int | float):
+            raise ValueError(f"{key} must be a number, got {value!r}")
     for key in ("beta", "beta1", "beta2", "steering", "tau", "cap"):
         if key in kwargs and not kwargs[key] > 0:
             raise ValueError(f"{key} must be positive, got {kwargs[key]}")
     for key, (rule, holds) in RANGES.items():
         if key in kwargs and not holds(kwargs[key]):
             raise ValueError(f"{key} must be {rule}, got {kwargs[key]}")
+    if name == "clipped" and (most := kwargs.get("delta")) is not None:
+        least = 1 + kwargs.get("epsilon_high", parameters["epsilon_high"].default)
+        if not isinstance(most, int | float) or most <= least:
+            raise ValueError(f"delta must be more than 1 + epsilon_high = {least:g}, or it caps positives; got {most}")
     if name == "exo" and kwargs.get("label_smoothing") == 0:
         raise ValueError("label_smoothing of exo must be above 0: at 0 every pair would have an infinite loss")
     for key in ("layer", "seed"):

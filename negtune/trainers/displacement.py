@@ -26,7 +26,7 @@ class FollowedPairs:
         self.start: list[list[float]] | None = None
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, batch: Mapping[str, Tensor], sums: MetricSums) -> None:
+    def measure(self, model: nn.Module, batch: Mapping[str, Tensor], sums: MetricSums, *, logged: bool = True) -> None:
         """Adds `chosen/drift` and `rejected/drift` (nats a token since the first measurement), `drift/margin` (nats by
         which the two moved apart) and `ches` (length-normalised, as it is now).
 
@@ -34,6 +34,7 @@ class FollowedPairs:
             model: the policy.
             batch: as `collate_pairs` makes it, of the same pairs every time.
             sums: gets the metrics.
+            logged: false where only the start is wanted: its drift of 0 would be averaged with the next one.
         """
         model = unwrapped(model)
         with eval_mode(model):
@@ -41,6 +42,8 @@ class FollowedPairs:
         lengths, now = batch["completion_lengths"].chunk(2), logps.double().sum(-1).chunk(2)
         if self.start is None:
             self.start = [list(pair) for pair in zip(*(side.tolist() for side in now), strict=True)]
+        if not logged:
+            return
         start = torch.tensor(self.start, dtype=torch.float64, device=logps.device)
         moved = [side - start[:, i] for i, side in enumerate(now)]
         for side, change, tokens in zip(PAIR, moved, lengths, strict=True):

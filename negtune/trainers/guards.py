@@ -50,7 +50,8 @@ class Watch:
     Args:
         cause: its name: a cause is told once.
         reaction: off, warn, anchor or stop.
-        seen: metrics, and those logged first, to what is wrong and what to do about it; None where nothing is.
+        seen: metrics with the reward last logged, and those logged first, to what is wrong and what to do about it;
+            None where nothing is.
     """
 
     cause: str
@@ -125,22 +126,24 @@ class Guards:
         self.anchored = False
         self._told: set[str] = set()
         self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # a row of the log has a reward only where a round was drawn
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {"anchored": self.anchored, "told": sorted(self._told), "first": self._first}
+        return {"anchored": self.anchored, "told": sorted(self._told), "first": self._first, "last": self._last}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.anchored, self._told = state["anchored"], set(state["told"])
-        self._first = dict(state.get("first", {}))
+        self._first, self._last = dict(state.get("first", {})), dict(state.get("last", {}))
 
     def check(self, logs: Mapping[str, float], step: int) -> None:
         """Raises `GuardStop` where the reaction is stop; sets `anchored` where it is anchor."""
         if REWARD in logs:
             self._first.setdefault(REWARD, logs[REWARD])
+            self._last[REWARD] = logs[REWARD]
         for watch in self._watches:
-            text = watch.seen(logs, self._first)
+            text = watch.seen({**self._last, **logs}, self._first)
             if text is not None:
                 self._react(watch, f"step {step}: {text}")
 

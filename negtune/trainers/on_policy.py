@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from negtune.data.prompts import ShuffledPrompts, StreamedPrompts
 from negtune.data.steps import SPLITTERS
@@ -81,11 +82,16 @@ class OnPolicy:
         args, rows = self.args, trainer.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
         folder, index = Path(args.output_dir) / "rounds", accelerator.process_index
+        settings = args.round_settings(accelerator.num_processes)
+        self.steps_per_epoch = None
+        if hasattr(rows, "__len__"):
+            self.steps_per_epoch = math.ceil(len(rows) / settings.prompts_per_round) * args.steps_per_round
+        trainer.add_callback(_EpochOfStep(lambda: self.steps_per_epoch))
         self.rounds = Rounds(
             sampler=self.sampler,
             verifier=scorer,
             prompts=ShuffledPrompts(rows, seed) if hasattr(rows, "__len__") else StreamedPrompts(rows),
-            settings=args.round_settings(accelerator.num_processes),
+            settings=settings,
             params=args.sampling_params(),
             maker=args.round_rows(),
             rollouts=RecordStore(folder, process_index=index),
@@ -194,12 +200,14 @@ class OnPolicy:
         refuse_reserved(rows[0], RESERVED)
         n, params = self.args.eval_num_generations, self.args.sampling_params(evaluation=True)
         with self._trainer.accelerator.autocast():
-            found = solve_together(self.sampler, self.scorer, rows, n=n, params=params)
+            cut_too = not self.args.mask_truncated_completions
+            found = solve_together(self.sampler, self.scorer, rows, n=n, params=params, score_truncated=cut_too)
         return {**found.metrics, **self.noted.flush()}
 
 
 class RoundBatches:
-    """Stands where the host expects a data loader: draws when a step's batches are asked for, not one ahead.
+    """Stands where the host expects a data loader: draws when a step's batches are asked for, not one ahead. An epoch
+    ends with the round in which the last prompt is drawn; a stream has no length, and no epochs.
 
     Args:
         on_policy: gives the rows.
@@ -213,9 +221,29 @@ class RoundBatches:
     ) -> None:
         self._on_policy, self._step, self._collate, self._sums = on_policy, step, collate, sums
 
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        steps = self._on_policy.steps_per_epoch
+        if steps is None:
+            raise TypeError("prompts of a stream have no number")
+        return steps * self._on_policy.args.gradient_accumulation_steps
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
+        """Batches up to the end of the epoch, of which a resumed run has done a part."""
+        steps = self._on_policy.steps_per_epoch
+        end = math.inf if steps is None else (self._step() // steps + 1) * steps
+        while self._step() < end:
             yield from map(self._collate, self._on_policy.step_rows(self._step(), self._sums))
+
+
+class _EpochOfStep(TrainerCallback):
+    """The epoch by the steps done: the host counts from the beginning of an epoch that a resumed run is within."""
+
+    def __init__(self, steps_per_epoch: Callable[[], int | None]) -> None:
+        self._steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / (self._steps_per_epoch() or state.max_steps)
 
 
 def last_whole_checkpoint(folder: str, *, rounds: bool = True) -> str | None:

@@ -111,8 +111,8 @@ class OnPolicyConfig(PolicyConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def sampling_params(self, *, evaluation: bool = False) -> SamplingParams:
         """How completions are drawn."""
@@ -122,7 +122,7 @@ class OnPolicyConfig(PolicyConfig):
             top_p=1.0 if evaluation else self.top_p,
             top_k=0 if evaluation else self.top_k,
             min_p=0.0 if evaluation else self.min_p,
-            stop=tuple(self.stop or ()),
+            stop=self.stop or (),
             seed=self.seed,
         )
 

@@ -55,6 +55,7 @@ from negtune.trainers.preference_checks import (
     check_evaluation,
     check_fresh,
     refuse_fresh,
+    refuse_judged_prompts,
     refuse_scorers,
 )
 from negtune.trainers.preference_config import PreferenceConfig as PreferenceConfig
@@ -62,7 +63,7 @@ from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.rounds import StepCredit
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import EpochSetter, SkipEmptySteps, stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import EpochSetter, SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
 from negtune.verifiers.judge import Judge, JudgeVerifier
 from negtune.verifiers.verdict import Verifier
 
@@ -159,7 +160,7 @@ class PreferenceTrainer(BaseTrainer):
                 f"where loss_type={args.loss_type} reads none"
             )
         self.on_policy: OnPolicy | None = None
-        self._draws = sampler is not None
+        self._draws, self._judge = sampler is not None, judge
         processing_class = processing_class or tokenizer_of(model)
         self._tokenize = partial(
             tokenize_pairs,
@@ -411,6 +412,8 @@ class PreferenceTrainer(BaseTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the number of pairs of the whole step."""
+        if has_ended(self):
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             tell_step_totals(self, batches, lambda batch: batch["counted"].sum())
@@ -419,7 +422,8 @@ class PreferenceTrainer(BaseTrainer):
             every = logged if args.gradient_norms_every is None else args.gradient_norms_every
             whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # else no process has a whole gradient
             batches[0]["step"]["gradients"] = whole and every > 0 and step % every == 0
-            batches[0]["step"]["probe"] = whole and (self._followed.start is None or step % logged == 0)
+            probed, due = self._followed.start is not None, step % logged == 0
+            batches[0]["step"] |= {"probe": whole and (due or not probed), "probe_logged": due}
         return batches, items
 
     def compute_loss(
@@ -430,7 +434,7 @@ class PreferenceTrainer(BaseTrainer):
         if step.get("gradients") and model.training:
             measure_gradients(self.model, inputs, self._sums)
         if step.get("probe") and model.training:
-            self._record_probe()
+            self._record_probe(logged=step["probe_logged"])
         pair = self._pair(model, inputs)
         values = (self._values(pair) * self._importance(pair, inputs)).masked_fill(~inputs["counted"], 0.0)
         loss = values.sum() / max(1, step["counts"]) * step["share"]
@@ -515,14 +519,14 @@ class PreferenceTrainer(BaseTrainer):
             both = (drift["chosen"] + drift["rejected"])[counted]
             self._sums.add_quantiles("ratio", both[~both.isnan()].exp())
 
-    def _record_probe(self) -> None:
+    def _record_probe(self, *, logged: bool) -> None:
         rows = evenly_spaced(self.train_dataset, self.args.displacement_pairs)
         if self.on_policy is not None:
             rows = self.on_policy.probe or []
         if rows:
             with self.accelerator.autocast():
                 batch = self._prepare_inputs(self.data_collator(rows))
-                self._followed.measure(self.model, batch, self._sums)
+                self._followed.measure(self.model, batch, self._sums, logged=logged)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -546,6 +550,7 @@ class PreferenceTrainer(BaseTrainer):
             raise ValueError(
                 "eval_dataset has prompts without chosen and rejected; only a trainer with a sampler can use them"
             )
+        refuse_judged_prompts(self._judge, {False})
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.on_policy.solved(list(data)).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

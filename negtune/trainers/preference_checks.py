@@ -46,15 +46,25 @@ def check_evaluation(args: PreferenceConfig, data: Any, judge: Judge | None) -> 
     """Raise ValueError for prompts to evaluate on that would give no number, or not the one that is wanted."""
     sets = data.values() if isinstance(data, Mapping) else [data]
     kinds = {are_pairs(rows) for rows in sets if rows is not None and not isinstance(rows, str)}
-    if judge is not None and False in kinds:
-        raise ValueError(
-            "a judge compares answers to one prompt with each other, and half of them win whatever the policy: it "
-            "cannot evaluate on prompts; give eval_dataset pairs, or evaluate with a reward"
-        )
+    refuse_judged_prompts(judge, kinds)
     if kinds == {False} and args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss"):
         raise ValueError(
             "load_best_model_at_end wants a loss, which an evaluation on prompts has not; set metric_for_best_model to "
             "eval_reward, and greater_is_better to true"
+        )
+
+
+def refuse_judged_prompts(judge: Judge | None, kinds: set[bool]) -> None:
+    """Raise ValueError where a judge would evaluate.
+
+    Args:
+        judge: what scores, if it is one.
+        kinds: of the sets: whether they are pairs.
+    """
+    if judge is not None and False in kinds:
+        raise ValueError(
+            "a judge compares answers to one prompt with each other, and half of them win whatever the policy: it "
+            "cannot evaluate on prompts; give eval_dataset pairs, or evaluate with a reward"
         )
 
 

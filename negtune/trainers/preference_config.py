@@ -214,11 +214,12 @@ class PreferenceConfig(OnPolicyConfig):
         """What a round is. Raises ValueError where its pairs are no whole number of prompts."""
         if self.num_generations < 2:
             raise ValueError("a pair needs at least 2 samples of a prompt, got num_generations=1")
-        most = self.num_generations * (self.num_generations - 1) // 2
+        most = self.selection().most(self.num_generations)
         if self.pairs_per_prompt > most:
             raise ValueError(
-                f"pairs_per_prompt={self.pairs_per_prompt} is more than the {most} pairs that "
-                f"num_generations={self.num_generations} samples make"
+                f"pairs_per_prompt={self.pairs_per_prompt} is more than the {most} that pair_selection="
+                f"{self.pair_selection} makes of num_generations={self.num_generations} samples; raise that, or take "
+                "pair_selection=all"
             )
         pairs = self.fresh_per_step(processes) * self.steps_per_round // self.reuse
         if pairs % self.pairs_per_prompt:

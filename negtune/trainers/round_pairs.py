@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any
 
 from negtune.data.pair_selection import PairSelection
@@ -33,8 +33,8 @@ class PairRows:
     }
     nothing = "no two completions of a prompt made a pair"
     way_out = (
-        "Equal scores are ties and teach nothing: take easier or harder prompts, more num_generations, a smaller "
-        "min_gap or min_chosen"
+        "Equal scores are ties and teach nothing, nor do answers of the same tokens: take easier or harder prompts, "
+        "more num_generations, a higher temperature, a smaller min_gap or min_chosen"
     )
 
     def credited(self, drawn: Sequence[Mapping[str, Any]], running: float | None) -> list[dict[str, Any]]:
@@ -54,12 +54,13 @@ class PairRows:
         return running
 
     def metrics(self, seen: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Pairs, ties (groups with scores, all of them equal), and how far apart the two sides are."""
+        """Pairs, ties (groups with scores of which no two differ in score and in tokens), and how far apart the two
+        sides are."""
         groups = list(_groups(seen))
-        scores = [[row["score"] for row in group if row["score"] is not None] for group in groups]
+        known = [[row for row in group if row["score"] is not None] for group in groups]
         found = {
             "rounds/pairs": float(len(rows)),
-            "rounds/ties": sum(len(known) > 1 and len(set(known)) == 1 for known in scores) / len(groups),
+            "rounds/ties": sum(len(rows) > 1 and _tied(rows) for rows in known) / len(groups),
         }
         for name in ("gap", "chosen_score", "rejected_score") if rows else ():
             found[f"rounds/{name}"] = sum(row[name] for row in rows) / len(rows)
@@ -97,6 +98,11 @@ class PairRows:
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: row["group"])]
+
+
+def _tied(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no two of these answers could be a pair."""
+    return all(a["score"] == b["score"] or a["completion_ids"] == b["completion_ids"] for a, b in combinations(rows, 2))
 
 
 def _pit(row: Mapping[str, Any], kind: str) -> int:

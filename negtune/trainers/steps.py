@@ -49,6 +49,13 @@ class SkipEmptySteps(TrainerCallback):
                 parameter.grad = None
 
 
+def has_ended(trainer: Any) -> bool:
+    """Whether all steps are done. A run that is resumed at its end must not take one more: where a data loader has no
+    length, the host begins another epoch.
+    """
+    return trainer.state.global_step >= trainer.state.max_steps
+
+
 def tell_step_totals(
     trainer: Any, batches: Sequence[dict[str, Any]], count: Callable[[Mapping[str, Any]], Tensor], **more: Any
 ) -> None:

@@ -43,7 +43,7 @@ from negtune.trainers.card import write_unlearning_card
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.references import LogpCache, choose_reference
 from negtune.trainers.setup import arrives_with_adapter, set_up_policy, tokenizer_of
-from negtune.trainers.steps import EpochSetter, stop_if_not_finite, tell_step_totals
+from negtune.trainers.steps import EpochSetter, has_ended, stop_if_not_finite, tell_step_totals
 from negtune.trainers.steps import NonFiniteLossError as NonFiniteLossError
 from negtune.trainers.unlearning_config import UnlearningConfig
 
@@ -165,6 +165,8 @@ class UnlearningTrainer(BaseTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, each told the row and token counts of the whole step."""
+        if has_ended(self):
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             z0 = self._z0(batches) if "z0" in self.forget_needs.sides else None

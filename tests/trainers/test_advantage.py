@@ -638,6 +638,12 @@ def test_a_penalty_that_the_group_scale_cancels_is_named(online):
         ({"num_generations": 0}, "num_generations must be at least 1"),
         ({"temperature": 0.0}, "greedy samples teach nothing new"),
         ({"top_p": 0.0}, "need 0 < top_p <= 1"),
+        ({"loss_type": "clipped", "loss_kwargs": {"delta": 1.1}}, "delta must be more than 1 \\+ epsilon_high = 1.2"),
+        ({"loss_type": "clipped", "loss_kwargs": {"delta": "2"}}, "delta must be more than .* got 2"),
+        ({"loss_type": "topr", "loss_kwargs": {"level": "word"}}, "level must be one of token, step, sequence"),
+        ({"loss_type": "clipped", "loss_kwargs": {"epsilon_low": -1}}, "epsilon_low must be between 0 and 1"),
+        ({"loss_type": "awr", "loss_kwargs": {"beta": "0.1"}}, "beta must be a number, got '0.1'"),
+        ({"loss_type": "nsr", "selection": "best"}, "moves nothing for them"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, words):
@@ -738,6 +744,15 @@ def test_log_probabilities_are_those_of_the_temperature(online):
     trainer = online(loss_type="clipped", temperature=0.5, max_steps=1, max_empty_rounds=100)
     for quantile in ("p10", "p50", "p90"):
         assert logged(trainer, f"ratio_{quantile}")[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_run_that_is_resumed_at_its_end_takes_no_step(online):
+    given = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "lr_scheduler_type": "constant"}
+    done = online(**given)
+    again = online(resume=True, **given)
+    assert again.state.global_step == 3
+    for a, b in zip(done.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_epochs_of_prompts_become_steps(online, prompts):

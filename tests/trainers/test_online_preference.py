@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -503,6 +505,10 @@ def test_the_guard_keeps_quiet_while_better_answers_take_the_place_of_the_first(
     guards = Guards(watch)
     guards.check({**fallen, "chosen/drift": 0.0, "rounds/reward": 0.3}, 1)
     guards.check({**fallen, "rounds/reward": 0.4}, 2)
+    guards.check(fallen, 2)  # a step in the middle of a round
+    again = Guards(watch)
+    again.restore(guards.state())
+    again.check(fallen, 2)
     with pytest.raises(GuardStop):
         guards.check({**fallen, "rounds/reward": 0.2}, 3)
     resumed = Guards(watch)
@@ -528,6 +534,17 @@ def test_following_pairs_and_measuring_gradients_changes_nothing(online, entangl
     assert losses(runs[0]) == losses(runs[1])
     assert "ches" not in runs[0].state.log_history[0]
     assert logged(runs[1], "chosen/drift")[0] == 0
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_drift_is_that_of_the_logged_step_alone(online, offline_pairs, fresh):
+    """The pairs are measured at the first step too, where nothing has moved."""
+    given = {} if fresh else {"data": offline_pairs, "kwargs": {"sampler": None, "reward_funcs": None}}
+    every = online(logging_steps=1, **given)
+    fourth = online(logging_steps=4, output_dir=every.args.output_dir + "4", **given)
+    for name in ("chosen/drift", "rejected/drift", "drift/margin", "ches"):
+        assert logged(fourth, name) == [pytest.approx(logged(every, name)[3])], name
+    assert logged(fourth, "chosen/drift")[0] != 0
 
 
 def test_grad_push_says_which_way_the_chosen_answers_go(online, entangled, chain_folder):
@@ -556,8 +573,12 @@ def test_grad_push_says_which_way_the_chosen_answers_go(online, entangled, chain
     ("settings", "kwargs", "message"),
     [
         ({"num_generations": 1}, {}, "a pair needs at least 2 samples"),
-        ({"pairs_per_prompt": 7}, {}, "more than the 6 pairs that num_generations=4"),
-        ({"pairs_per_prompt": 3}, {}, "no whole number of prompts with pairs_per_prompt=3"),
+        ({"pairs_per_prompt": 3}, {}, "more than the 2 that pair_selection=best_worst makes of num_generations=4"),
+        ({"pairs_per_prompt": 7, "pair_selection": "all"}, {}, "more than the 6 that pair_selection=all"),
+        ({"pairs_per_prompt": 3, "pair_selection": "all"}, {}, "no whole number of prompts with pairs_per_prompt=3"),
+        ({"min_gap": float("nan")}, {}, "min_gap >= 0, got 1 and nan"),
+        ({"kl_weight": float("nan")}, {}, "kl_weight must be at least 0, got nan"),
+        ({"loss_kwargs": {"label_smoothing": None}, "loss_type": "cdpo"}, {}, "label_smoothing must be a number"),
         ({"on_policy_fraction": 0.3}, {}, "no whole number; 1 of them is 0.25"),
         ({"on_policy_fraction": 0.0}, {}, "need 0 < on_policy_fraction"),
         ({"prompts_per_round": 3}, {}, "fill no whole number of optimiser steps of 4"),
@@ -693,10 +714,87 @@ def test_the_settings_of_the_caller_are_left_alone(prompts, chain_folder, tmp_pa
     assert trainer.args.max_steps > 0 > args.max_steps
 
 
+@pytest.mark.parametrize("kind", ["prompts", "pairs", "stream of pairs"])
+def test_a_run_that_is_resumed_at_its_end_takes_no_step(online, offline_pairs, kind):
+    """Also where it ended in the middle of an epoch, or of a stream that has none."""
+    given = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "lr_scheduler_type": "constant"}
+    if kind != "prompts":
+        given |= {"kwargs": {"sampler": None, "reward_funcs": None}, "data": offline_pairs}
+    if kind == "stream of pairs":
+        given["data"] = Dataset.from_list(offline_pairs).to_iterable_dataset()
+        given["displacement_guard"] = "off"
+    done = online(**given)
+    again = online(resume=True, **given)
+    assert again.state.global_step == 3
+    for a, b in zip(done.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not list(Path(again.args.output_dir).glob("checkpoint-4"))
+
+
+def test_epochs_are_those_of_the_prompts(online, prompts):
+    """16 prompts, 6 a round, two steps each: an epoch has three rounds."""
+    data = prompts * 4
+    given = {
+        **{"max_steps": -1, "num_train_epochs": 2, "steps_per_round": 2, "per_device_train_batch_size": 3},
+        **{"eval_strategy": "epoch", "save_strategy": "epoch", "kwargs": {"eval_dataset": prompts[:2]}},
+    }
+    assert len(data) == 16
+    trainer = online(data=data, **given)
+    assert trainer.state.max_steps == 12
+    evaluated = [(row["step"], row["epoch"]) for row in trainer.state.log_history if "eval_reward" in row]
+    assert evaluated == [(6, 1.0), (12, 2.0)]
+    assert logged(trainer, "epoch")[:3] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    folder = Path(trainer.args.output_dir)
+    shutil.rmtree(folder / "checkpoint-12")
+    given |= {"save_strategy": "steps", "save_steps": 4}
+    whole = online(data=data, output_dir=str(folder) + "2", **given)
+    resumed = online(
+        data=data, output_dir=str(folder) + "3", resume=str(folder) + "2/checkpoint-4", **given
+    )  # in the middle of an epoch
+    kept = [[row for row in t.state.log_history if row["step"] > 4] for t in (whole, resumed)]
+    for name in ("loss", "epoch", "eval_reward", "rounds/reward"):
+        assert [r[name] for r in kept[0] if name in r] == [r[name] for r in kept[1] if name in r], name
+
+
+def test_cut_answers_count_in_an_evaluation_as_in_the_training(online, prompts):
+    def fewest(prompts, completions, completion_ids, **columns):
+        return [-len(ids) / 13 for ids in completion_ids]
+
+    given = {"reward": fewest, "max_completion_length": 13, "max_steps": 1, "eval_num_generations": 16}
+    kwargs = {"eval_dataset": prompts}
+    for masked in (False, True):
+        trainer = online(train=False, kwargs=kwargs, mask_truncated_completions=masked, **given)
+        found = trainer.evaluate()
+        assert 0 < found["eval_truncated"] < 1
+        cut, whole = found["eval_truncated"], found["eval_length"]
+        assert found["eval_unscored"] == 0
+        if not masked:
+            assert found["eval_reward"] == pytest.approx(-whole / 13)
+        else:
+            assert found["eval_reward"] == pytest.approx(-(whole - 13 * cut) / (1 - cut) / 13)
+
+
+def test_answers_of_the_same_tokens_are_ties(online):
+    scores = itertools.count()
+    given = {"reward": lambda prompts, completions, **k: [float(next(scores)) for _ in completions], "top_k": 1}
+    trainer = online(max_steps=1, max_empty_rounds=0, dynamic_sampling=False, **given)
+    assert logged(trainer, "rounds/ties") == [1.0]
+    assert logged(trainer, "rounds/pairs") == [0.0]
+    with pytest.raises(NoSignalError, match="nor do answers of the same tokens"):
+        online(max_steps=3, max_empty_rounds=1, **given)
+
+
+def test_a_stop_text_may_be_given_as_one():
+    args = PreferenceConfig(output_dir="unused", use_cpu=True, stop="END")
+    assert args.sampling_params().stop == ("END",)
+
+
 def test_an_evaluation_that_would_say_nothing_is_refused(online, prompts):
     judge = {"judge": lambda prompts, completions: [0.5] * len(completions), "reward_funcs": None}
     with pytest.raises(ValueError, match="half of them win whatever the policy"):
         online(train=False, kwargs={**judge, "eval_dataset": prompts})
+    with pytest.raises(ValueError, match="half of them win whatever the policy"):
+        online(train=False, kwargs=judge).evaluate(prompts)
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ValueError, match="set metric_for_best_model to eval_reward"):
         online(train=False, kwargs={"eval_dataset": prompts}, save_steps=1, **best)

@@ -204,7 +204,9 @@ class VLLMServerSampler(Sampler):
     def _load_adapter(self, adapter: tuple[str, Path]) -> None:
         name, path = adapter
         try:
-            self._server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, refusal=500)
+            self._server.post(
+                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, refusal=500, text=True
+            )
         except ServerError as error:
             text = str(error)
             if "already been loaded" in text:  # by another thread, or by the request whose answer was lost
@@ -263,9 +265,13 @@ class _Server:
     def get(self, path: str) -> Any:
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Mapping[str, Any], *, accept: Sequence[int] = (), refusal: int = 0) -> Any:
-        """The answer, or None where its status is one of `accept`. Another try does not change a `refusal`."""
-        return self._ask("POST", path, body, accept, refusal)
+    def post(
+        self, path: str, body: Mapping[str, Any], *, accept: Sequence[int] = (), refusal: int = 0, text: bool = False
+    ) -> Any:
+        """The answer, or None where its status is one of `accept`. Another try does not change a `refusal`. Without
+        `text` an answer is JSON: a line that ends within the head leaves an empty one of status 200.
+        """
+        return self._ask("POST", path, body, accept, refusal, text=text)
 
     def once(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and content, without a second try."""
@@ -287,13 +293,17 @@ class _Server:
                 with suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def _ask(self, method: str, path: str, body: Any, accept: Sequence[int] = (), refusal: int = 0) -> Any:
+    def _ask(
+        self, method: str, path: str, body: Any, accept: Sequence[int] = (), refusal: int = 0, *, text: bool = False
+    ) -> Any:
         wait, failing_since, dropped = 0.25, None, self._dropped
         while True:
             try:
                 status, content = self.once(method, path, body)
                 retry = status >= 500 and status != refusal
                 failure = f"answers {status}: {content[:200].decode(errors='replace')}" if retry else None
+                if status == 200 and not text and not _is_json(content):
+                    failure = f"the answer is no JSON: {content[:200]!r}"
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, ended in the middle
                 status, content, failure = 0, b"", f"{type(error).__name__}: {error}"
             if failure is None:
@@ -312,10 +322,15 @@ class _Server:
             return None
         if status != 200:
             raise ServerError(f"{self.url}{path}: {status} {content[:500].decode(errors='replace')}", status)
-        try:
-            return json.loads(content)
-        except ValueError:
-            return content.decode(errors="replace")
+        return json.loads(content) if _is_json(content) else content.decode(errors="replace")
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_full(model: nn.Module) -> None:

@@ -125,6 +125,14 @@ class Wire:
             time.sleep(3)
             client.close()
             return
+        if fault == "half a head":
+            client.recv(1 << 16)
+            client.sendall(b"HTTP/1.1 200 OK\r\nserver: uv")
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(1 << 16):
+                pass
+            client.close()
+            return
         if fault in ("503", "redirect"):
             client.recv(1 << 16)
             head = b"503 Busy\r\n" if fault == "503" else b"307 Elsewhere\r\nLocation: http://127.0.0.2:9/\r\n"
@@ -196,7 +204,7 @@ def test_the_servers_own_model_is_drawn_from_without_loading_it(server, tiny_fol
 
 
 @needs_vllm
-@pytest.mark.parametrize("faults", [["reset"] * 3, ["slow", "slow"], ["503"] * 3, ["cut"] * 3])
+@pytest.mark.parametrize("faults", [["reset"] * 3, ["slow"] * 2, ["503"] * 3, ["cut"] * 3, ["half a head"] * 3])
 def test_a_fault_on_the_line_costs_a_retry_and_no_rollout(server, model_and_tokenizer, faults):
     model, tokenizer = model_and_tokenizer
     undisturbed = VLLMServerSampler(model, tokenizer, server.url)
@@ -348,6 +356,15 @@ def test_a_server_that_is_not_there_is_named(tiny):
         VLLMServerSampler(model, tiny[1], "localhost:8000")
     with pytest.raises(ValueError, match="LoRA adapters only"):
         VLLMServerSampler(tiny_lm(), tiny[1], "http://127.0.0.1:1")
+
+
+def test_an_answer_that_ended_in_its_head_is_no_answer(tiny):
+    wire = Wire(1, ["half a head"] * 20)
+    model = get_peft_model(tiny[0], LoraConfig(**LORA))
+    with pytest.raises(ServerError, match="the answer is no JSON: b'', for"):
+        VLLMServerSampler(model, tiny[1], wire.url, patience=0.5)
+    assert len(wire._faults) < 19  # asked for again
+    wire.close()
 
 
 def test_redirects_and_proxies_are_not_followed(tiny, monkeypatch):

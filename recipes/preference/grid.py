@@ -135,6 +135,9 @@ def run_of(task: Task, name: str) -> Callable[[float, int], Mapping[str, float]]
     return lambda rate, seed: trained(task, name, rate, seed)
 
 
+BELOW = {"va": "top", "ha": "right", "fontsize": 9}
+
+
 def draw(found: Comparison, file: Path, reward: str) -> None:
     """Reward against KL: a dot for every run, large at the chosen rate; up and left is better."""
     import matplotlib
@@ -163,7 +166,9 @@ def draw(found: Comparison, file: Path, reward: str) -> None:
         )
     start = [r.value("reward") for r in found.confirmed if r.arm == DO_NOTHING]
     axes.axhline(sum(start) / len(start), color="grey", lw=1, ls="--")
-    axes.annotate("the start", (0, sum(start) / len(start)), color="grey", va="bottom", fontsize=9)
+    axes.annotate(
+        "the start", (0.99, sum(start) / len(start)), xycoords=("axes fraction", "data"), color="grey", **BELOW
+    )
     axes.set(xlabel="KL(policy || start), nats a completion", ylabel=f"{reward} reward on held-out prompts")
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_xlim(left=-0.1)

@@ -38,8 +38,8 @@ from negtune.verifiers.rewards import RewardModel
 
 SHOWN = 5
 SMOKE = {
-    **{"model_name_or_path": "tiny", "suffix": "", "test_prompts": 8, "max_completion_length": 16},
-    **{"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1},
+    **{"model_name_or_path": "tiny", "reward": "min_length", "suffix": "", "test_prompts": 8},
+    **{"max_completion_length": 16, "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1},
 }
 PAPER = "Direct Language Model Alignment from Online AI Feedback"
 

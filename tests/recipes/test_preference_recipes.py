@@ -215,7 +215,7 @@ def test_a_typed_flag_stands_before_a_smoke_run_and_that_before_the_file(recipe,
         given, args, model = parsed(parser, online.SMOKE)
         return model.model_name_or_path, args.max_steps, args.steps_per_round, given.suffix
 
-    assert parse() == ("smollm2", 32, 1, " Answer in a few words.")
+    assert parse() == ("smollm2", 32, 1, " Answer with one short sentence.")
     assert parse("--smoke") == ("tiny", 3, 1, "")
     assert parse("--smoke", "--max_steps", "7", "--suffix", " Now.") == ("tiny", 7, 1, " Now.")
     assert parse("--smoke", "--prompts_per_round", "16") == ("tiny", 3, 4, "")  # of 4 rows a step, not 8

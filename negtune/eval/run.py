@@ -49,6 +49,7 @@ class Run:
         folder: run folder, created if missing.
         title, recipe, objective, paper, data, model, artefact: words for the report; `artefact` names what the last
             arm's metrics describe.
+        resumed_from: name of the checkpoint that the run went on from, if it did.
         arguments: settings to record; private text must not be among them.
         seed: of the run.
         redacted: whether texts were kept out.

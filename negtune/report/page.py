@@ -158,10 +158,19 @@ def _changes(metrics: Metrics, names: list[str], start: str, arm: str) -> list[s
 
 
 def _time(run: Mapping[str, Any]) -> list[str]:
-    if not isinstance(run.get("seconds"), int | float):
+    took = _duration(run)
+    if took is None:
         return []
     memory = f", {number(round(run['peak_rss_mib']))} MiB of memory at most" if run.get("peak_rss_mib") else ""
-    return [f"{duration(run['seconds'])}{memory}."]
+    return [f"{took}{memory}."]
+
+
+def _duration(run: Mapping[str, Any]) -> str | None:
+    """What is known of it: where a run was stopped, what came before is not in it."""
+    if not isinstance(run.get("seconds"), int | float):
+        return None
+    since = f" since it went on from {run['resumed_from']}" if run.get("resumed_from") else ""
+    return duration(run["seconds"]) + since
 
 
 def _pairs_note(folder: RunFolder, redact: bool, pairs: list[Pair]) -> str | None:
@@ -180,7 +189,6 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{machine['cores']} cores" if machine.get("cores") else None,
         f"{machine['memory_gib']:g} GiB" if machine.get("memory_gib") else None,
     ]
-    seconds = run.get("seconds")
     facts = {
         "Model": run.get("model"),
         "Data": run.get("data"),
@@ -191,7 +199,7 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Versions": ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items()) or None,
         "Seed": run.get("seed"),
         "Started": run.get("started"),
-        "Time": duration(seconds) if isinstance(seconds, int | float) else None,
+        "Time": _duration(run),
         "Commit": run.get("git"),
     }
     return [(name, "not recorded" if value in (None, "") else str(value)) for name, value in facts.items()]

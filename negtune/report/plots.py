@@ -224,7 +224,9 @@ def _bars(axes: Axes, metrics: Metrics, names: list[str], theme: Theme, limits: 
     axes.set_ylim(-0.5, len(names) - 0.5)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlim(low, high + (high - low) * (0.16 if limits is None else 0.14))
+    axes.set_xlim(
+        low - (0.02 * (high - low) if low < 0 else 0), high + (high - low) * (0.16 if limits is None else 0.14)
+    )
     if limits:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
     else:

@@ -91,8 +91,10 @@ def main() -> None:
         sampler=lambda model, tokenizer: sampler_of(given, model, tokenizer),
         reward_funcs=reward,
     )
+    checkpoint = last_whole_checkpoint(args.output_dir)
     run = Run(
         folder,
+        resumed_from=checkpoint and Path(checkpoint).name,
         seed=args.seed,
         task="preference",
         title="Online preference tuning",
@@ -106,7 +108,7 @@ def main() -> None:
     )
     before = measured(given, args, trainer, reward, test)
     add(run, "start", before, None)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     add(run, args.loss_type, measured(given, args, trainer, reward, test), before)
     if PartialState().is_main_process:

@@ -74,6 +74,13 @@ def test_both_pages_answer_first_then_give_table_pairs_and_provenance(run_dir):
     assert "--bf16 false" in page
 
 
+def test_the_time_of_a_run_that_was_stopped_is_called_what_it_is(run_dir):
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**run, "resumed_from": "checkpoint-24"}))
+    for text in report(run_dir):
+        assert text.count("1 min 35 s since it went on from checkpoint-24") == 2
+
+
 def test_every_file_that_is_returned_exists_and_plots_are_png(run_dir):
     written = write_report(run_dir)
     assert [path.relative_to(run_dir).as_posix() for path in written] == [

@@ -81,7 +81,7 @@ def test_a_metric_beyond_zero_to_one_gets_a_scale_of_its_own(run_dir, drawn):
     write_json(run_dir / "metrics.json", metrics)
     shares, own = drawn(run_dir)["before_after"].axes
     assert shares.get_xlim()[0] == 0
-    assert own.get_xlim()[0] == -22.7
+    assert -22.7 * 1.03 < own.get_xlim()[0] < -22.7  # the end is seen
 
 
 def test_weight_quantiles_and_retain_kl_share_the_steps(run_dir, drawn):

@@ -69,7 +69,10 @@ Draw = Callable[[Theme], "Figure"]
 def draw_plots(folder: RunFolder) -> list[Plot]:
     """Every plot that the folder has numbers for; an empty list without numbers. Needs matplotlib."""
     history = folder.history
-    candidates = (_probability(history), _likelihood(history), _arms(folder.metrics), _weight(history))
+    candidates = (
+        *(_probability(history), _rounds(history), _likelihood(history)),
+        *(_arms(folder.metrics), _weight(history)),
+    )
     return [
         Plot(name, title, description, _png(draw, LIGHT), _png(draw, DARK))
         for name, title, description, draw in filter(None, candidates)
@@ -115,6 +118,30 @@ def _probability(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | 
     faint = " Thin lines: training batches." if main is evaluated and any(s for s, _ in trained.values()) else ""
     description = f"Mean probability of the answers at each step ({source}): {ends}.{faint}"
     return "probability", "Probability of forget and retain answers over steps", description, draw
+
+
+def _rounds(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:
+    """What fresh samples earn over steps, and how many of their prompts teach nothing."""
+    (steps, rewards), (places, idle) = series(history, "rounds/reward"), series(history, "rounds/no_signal")
+    if not steps:
+        return None
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(theme, [2.2, 1.4] if places else [2.2], share_steps=True)
+        axes[0].plot(steps, rewards, "-", marker="o", markersize=4, linewidth=2, color=theme.sides["retain"])
+        axes[0].set_ylabel("mean reward")
+        _label_ends(axes[0], {"reward": (steps, rewards, theme.sides["retain"])})
+        if places:
+            axes[1].plot(places, idle, "--", marker="s", markersize=3.5, linewidth=2, color=theme.sides["forget"])
+            axes[1].set(ylabel="without signal", ylim=(-0.04, 1.04))
+            _label_ends(axes[1], {"prompts": (places, idle, theme.sides["forget"])})
+        axes[-1].set_xlabel(STEPS)
+        return figure
+
+    told = f"Mean reward of the samples that were drawn: {number(rewards[0])} to {number(rewards[-1])}"
+    if places:
+        told += f"; share of prompts whose samples teach nothing: {number(idle[0])} to {number(idle[-1])}"
+    return "rounds", "What fresh samples earn over steps", f"{told}.", draw
 
 
 def _likelihood(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:

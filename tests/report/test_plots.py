@@ -84,6 +84,18 @@ def test_a_metric_beyond_zero_to_one_gets_a_scale_of_its_own(run_dir, drawn):
     assert -22.7 * 1.03 < own.get_xlim()[0] < -22.7  # the end is seen
 
 
+def test_rounds_show_what_samples_earn_and_how_many_prompts_teach_nothing(run_dir, drawn):
+    rows = [{"step": s, "rounds/reward": s / 4, "rounds/no_signal": 1 - s / 4} for s in (1, 2, 3)]
+    write_jsonl(run_dir / "history.jsonl", rows)
+    figure = drawn(run_dir)["rounds"]
+    assert {"reward .75", "prompts .25", "mean reward", "without signal", "optimiser step"} <= words(figure)
+    assert [list(bold(axes).values()) for axes in figure.axes] == [[[0.25, 0.5, 0.75]], [[0.75, 0.5, 0.25]]]
+    write_jsonl(run_dir / "history.jsonl", [{"step": 1, "rounds/reward": -0.5}])
+    assert len(drawn(run_dir)["rounds"].axes) == 1
+    write_jsonl(run_dir / "history.jsonl", [{"step": 1, "loss": 0.5}])
+    assert "rounds" not in drawn(run_dir)
+
+
 def test_weight_quantiles_and_retain_kl_share_the_steps(run_dir, drawn):
     rows = [{"step": s, "forget/weight_p10": 0.1, "forget/weight_p90": 0.9, "retain/kl": s / 10} for s in (1, 2)]
     write_jsonl(run_dir / "history.jsonl", rows)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from transformers import TrainingArguments
 
 from negtune._trl_compat import BaseConfig
 
@@ -17,6 +18,12 @@ CHOICES = {
     "overlong": ("truncate", "drop", "error"),
     "prefix_sharing": ("auto", "on", "off"),
 }
+
+
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""What this transformers calls recomputing activations; newer ones warn of the older name."""
 
 
 @dataclass
@@ -75,8 +82,11 @@ class PolicyConfig(BaseConfig):
         on_cpu = self.use_cpu or trains_on_cpu()
         if self.bf16 is None:
             self.bf16 = not on_cpu and not self.fp16
+        newer = getattr(self, CHECKPOINTING)
         if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = not on_cpu
+            self.gradient_checkpointing = not on_cpu if newer is None else newer
+        if newer is None:
+            setattr(self, CHECKPOINTING, self.gradient_checkpointing)
         if on_cpu:
             self.dataloader_pin_memory = False
         self.remove_unused_columns = False

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from negtune.models.load import load_model
 from negtune.records import read_json, write_json
-from negtune.trainers.config import trains_on_cpu
+from negtune.trainers.config import CHECKPOINTING, trains_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def _train(
         max_length=recipe["max_length"],
         seed=recipe["seed"],
         **{"warmup_steps": 0.1, "weight_decay": 0.01, "save_strategy": "no", "report_to": "none"},
-        **{"bf16": not on_cpu, "gradient_checkpointing": not on_cpu, **settings},
+        **({} if "gradient_checkpointing" in settings else {CHECKPOINTING: not on_cpu}),
+        **{"bf16": not on_cpu, **settings},
     )
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=Dataset.from_list([_pair(r) for r in rows]), processing_class=tokenizer

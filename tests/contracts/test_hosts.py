@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
+import pytest
 from transformers import Trainer, TrainingArguments
 
+from negtune import AdvantageConfig, PreferenceConfig, UnlearningConfig
 from negtune._trl_compat import BaseConfig, BaseTrainer
+from negtune.trainers.config import CHECKPOINTING
 
 
 def test_the_base_classes_are_the_hosts():
@@ -113,3 +117,17 @@ def test_the_colocated_engine_is_reached_where_we_hand_weights_over():
     assert "self.llm.llm_engine.model_executor.driver_worker.model_runner" in source
     assert "def _iter_named_params(self)" in source
     assert "self.llm.reset_prefix_cache()" in source
+
+
+@pytest.mark.parametrize("config", [PreferenceConfig, UnlearningConfig, AdvantageConfig])
+def test_recomputing_activations_is_one_setting_under_either_name_and_nobody_is_warned(config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for given, wanted in (
+            ({}, False),
+            ({"gradient_checkpointing": True}, True),
+            ({"gradient_checkpointing": False}, False),
+            ({CHECKPOINTING: True}, True),
+        ):
+            args = config(output_dir="unused", use_cpu=True, **given)
+            assert (args.gradient_checkpointing, getattr(args, CHECKPOINTING)) == (wanted, wanted), given

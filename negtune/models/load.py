@@ -15,6 +15,7 @@ import torch
 from negtune.models import ModelError
 from negtune.models.arithmetic import save_arithmetic
 from negtune.models.cache import build_once
+from negtune.models.four_bit import keep_gradients
 from negtune.models.smollm2 import smollm2_folder
 from negtune.models.tiny import save_tiny
 
@@ -71,7 +72,7 @@ def load_model(
     _agree_on_tokens(model, tokenizer, str(name_or_path))
     if adapter is not None:
         model = _with_adapter(model, adapter)
-    return model.eval(), tokenizer
+    return keep_gradients(model).eval(), tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

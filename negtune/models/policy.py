@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from negtune.models.forward import attach_scoring, check_scoring
+from negtune.models.four_bit import keep_gradients
 from negtune.models.sharing import PrefixSharing, set_prefix_sharing
 from negtune.models.structure import causal_lm
 
@@ -51,7 +52,7 @@ def prepare_policy(model: Any, peft_config: Any = None, model_init_kwargs: dict[
         raise ValueError(f"the model has no trainable parameters: {hint}")
     if _quantized(model) and not is_peft(model):
         raise ValueError("4-bit and 8-bit weights cannot be trained; pass peft_config=LoraConfig(...)")
-    attach_scoring(model)
+    attach_scoring(keep_gradients(model))
     if not sharded_at_load():
         check_scoring(model)
     return model

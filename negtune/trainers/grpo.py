@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from negtune._trl_compat import sync_weights_on_cpu
 from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
+from negtune.models.four_bit import keep_gradients
 from negtune.models.structure import eval_mode, unwrapped
 from negtune.ops import weigh_signs
 from negtune.rollouts.attest import policy_name
@@ -134,6 +135,7 @@ class StepGRPOTrainer(GRPOTrainer):
         self._scored: tuple[Tensor, ...] | None = None
         self._measuring = False
         super().__init__(*args, **kwargs)
+        keep_gradients(self.model)
         generation = getattr(self, "vllm_generation", None)
         if generation is not None and generation.mode == "colocate" and self.accelerator.device.type == "cpu":
             generation.sync_weights = partial(sync_weights_on_cpu, generation)

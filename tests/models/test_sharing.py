@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
@@ -35,7 +37,7 @@ from negtune.data.completions import collate
 from negtune.models import sharing
 from negtune.models.forward import attach_scoring, completion_hidden, completion_logps, scored_tokens
 from negtune.models.load import load_model
-from negtune.models.policy import disable_dropout
+from negtune.models.policy import disable_dropout, prepare_policy
 from negtune.models.reference import AdapterReference, FrozenCopy
 from negtune.models.sharing import packed_batch, set_prefix_sharing
 from negtune.models.structure import causal_lm
@@ -154,6 +156,54 @@ def test_four_bit_weights_give_the_values_and_gradients_of_padded_rows(tiny_fold
     for name, expected in found["off"].items():
         torch.testing.assert_close(
             found["on"][name], expected, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize(("evaluated", "tolerance"), [("before", 1e-2), ("while training", 1e-4)])
+def test_an_evaluation_leaves_the_gradients_of_four_bit_weights_alone(tiny_folder, evaluated, tolerance):
+    """On a CPU with AVX512-BF16 bitsandbytes repacks what is evaluated, for a product without a backward pass, and
+    rounds its scales to bfloat16."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+
+    def measured(model: nn.Module) -> dict[str, torch.Tensor]:
+        logps = completion_logps(model.train(), collate(ROWS, 0))
+        (logps * torch.linspace(0.5, 2, logps.numel()).view_as(logps)).sum().backward()
+        return {"logps": logps.detach(), **gradients(model)}
+
+    def load() -> nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=four_bit, device_map="cpu")
+
+    truth = get_peft_model(load(), lora)
+    for parent in list(truth.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear4bit):
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
+                plain.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+                setattr(parent, name, plain)
+    attach_scoring(truth)
+    model = load()
+    if evaluated == "before":  # by somebody else
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+    model = prepare_policy(model, lora)
+    if evaluated == "while training":
+        with torch.no_grad():
+            completion_logps(model.eval(), collate(ROWS, 0))
+    expected, found = measured(truth), measured(model)
+    assert len(expected) > 10
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=tolerance * value.abs().max().item(), msg=lambda m, n=name: n + m
         )
 
 

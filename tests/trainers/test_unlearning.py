@@ -560,6 +560,20 @@ def test_evaluation_that_cannot_work_is_refused_at_construction(unlearn, forget_
         unlearn(trainer_kwargs={"eval_dataset": {"forget": broken}}, train=False)
 
 
+def test_a_stream_that_is_resumed_at_its_end_takes_no_step(unlearn, forget_rows, retain_rows):
+    from datasets import Dataset
+
+    rows = {"forget": forget_rows, "retain": retain_rows}
+    given = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    done, again = (
+        unlearn(data={side: Dataset.from_list(r).to_iterable_dataset() for side, r in rows.items()}, **given, **more)
+        for more in ({}, {"resume": True})
+    )
+    assert again.state.global_step == 3
+    for a, b in zip(done.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_resumed_stream_goes_on_where_it_was(unlearn, tmp_path, forget_rows, retain_rows):
     from datasets import Dataset
 

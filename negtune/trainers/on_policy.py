@@ -86,7 +86,7 @@ class OnPolicy:
         self.steps_per_epoch = None
         if hasattr(rows, "__len__"):
             self.steps_per_epoch = math.ceil(len(rows) / settings.prompts_per_round) * args.steps_per_round
-        trainer.add_callback(_EpochOfStep(lambda: self.steps_per_epoch))
+        trainer.add_callback(_EpochOfStep(self.steps_per_epoch))
         self.rounds = Rounds(
             sampler=self.sampler,
             verifier=scorer,
@@ -239,11 +239,11 @@ class RoundBatches:
 class _EpochOfStep(TrainerCallback):
     """The epoch by the steps done: the host counts from the beginning of an epoch that a resumed run is within."""
 
-    def __init__(self, steps_per_epoch: Callable[[], int | None]) -> None:
+    def __init__(self, steps_per_epoch: int | None) -> None:
         self._steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / (self._steps_per_epoch() or state.max_steps)
+        state.epoch = state.global_step / (self._steps_per_epoch or state.max_steps)
 
 
 def last_whole_checkpoint(folder: str, *, rounds: bool = True) -> str | None:

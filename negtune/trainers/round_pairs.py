@@ -60,7 +60,7 @@ class PairRows:
         known = [[row for row in group if row["score"] is not None] for group in groups]
         found = {
             "rounds/pairs": float(len(rows)),
-            "rounds/ties": sum(len(rows) > 1 and _tied(rows) for rows in known) / len(groups),
+            "rounds/ties": sum(len(group) > 1 and _tied(group) for group in known) / len(groups),
         }
         for name in ("gap", "chosen_score", "rejected_score") if rows else ():
             found[f"rounds/{name}"] = sum(row[name] for row in rows) / len(rows)

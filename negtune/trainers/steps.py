@@ -85,7 +85,7 @@ def stop_if_not_finite(
     Args:
         trainer: for its folder, step and tokenizer.
         loss: of the batch.
-        inputs: the batch; its texts are written too, unless `redact`.
+        inputs: the batch; its texts are written too, unless `redact`, where it has `input_ids`.
         rows: row numbers in the data set, by side.
         instead: what else to use, for the message.
     """
@@ -94,7 +94,7 @@ def stop_if_not_finite(
     args, step = trainer.args, trainer.state.global_step
     path = Path(args.output_dir) / f"nonfinite_step{step}_rank{args.process_index}.json"
     dump: dict[str, Any] = {"step": step, "loss": str(loss.item()), "rows": dict(rows)}
-    if not args.redact:
+    if not args.redact and "input_ids" in inputs:
         dump["texts"] = trainer.processing_class.batch_decode(inputs["input_ids"])
     write_json(path, dump)
     raise NonFiniteLossError(

@@ -1,0 +1,325 @@
+"""The Plackett-Luce policy over rankings of a list, and gradients of what its rankings earn.
+
+A ranking draws documents one after another, each with probability proportional to exp(score) among those that are
+left: pi(r) = prod_j exp(s_{r_j}) / Z_j with Z_j the sum of exp(s) over what is not placed before j. Training climbs
+the expected reward sum_r pi(r) Delta(r); at test time documents are sorted by score and nothing is drawn.
+
+Shapes: Q queries, D documents of the longest list, N sampled rankings, k places that count, I judged documents.
+Documents behind the mask are padding: they are never drawn, and nothing they hold reaches a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from negtune.metrics.ranking import ADDITIVE, exponential_gain, ideal_value, place_rewards, rank_documents
+
+ESTIMATORS = ("pl_rank", "pl_rank_loo", "rtg_loo", "loo", "reinforce")
+RewardFunction = Callable[[Tensor], Tensor]
+"""`rankings [N Q k] -> rewards [N Q]`: documents by their place in the list, best first; NaN is unscored."""
+
+
+def plackett_luce_logps(
+    scores: Float[Tensor, "*A D"], rankings: Int[Tensor, "*A D"], mask: Bool[Tensor, "*A D"], *, k: int | None = None
+) -> Float[Tensor, "*A"]:
+    """log pi(r) of the first `k` places, sum_{j<=k} s_{r_j} - log Z_j; of the whole ranking by default.
+
+    Args:
+        scores: of the documents of a list.
+        rankings: documents, best first; padding behind all others.
+        mask: True where a document is no padding.
+        k: places.
+
+    Returns:
+        Nats; 0 for an empty list. Differentiable in `scores`.
+    """
+    scores = _wide(scores).masked_fill(~mask, _lowest(scores))
+    placed, real = scores.gather(-1, rankings), mask.gather(-1, rankings)
+    terms = placed - _log_rest(placed)
+    return terms.masked_fill(~real, 0.0)[..., :k].sum(-1)
+
+
+def sample_rankings(
+    scores: Float[Tensor, "Q D"],
+    mask: Bool[Tensor, "Q D"],
+    n_samples: int,
+    *,
+    k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "N Q k"]:
+    """Exact draws from the Plackett-Luce policy: documents by score plus Gumbel noise, the first `k` of them.
+
+    Padding comes after all documents. The noise is drawn on the generator's device, for padding too.
+    """
+    device = generator.device if generator is not None else scores.device
+    uniform = torch.rand(n_samples, *scores.shape, dtype=scores.dtype, device=device, generator=generator)
+    gumbel = uniform.clamp_(min=torch.finfo(scores.dtype).tiny).log_().neg_().log_().neg_()
+    keys = gumbel.to(scores.device).add_(scores.detach()).masked_fill_(~mask, -torch.inf)
+    return keys.topk(k or scores.shape[-1], -1).indices
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """One estimate of the gradient of the expected reward, and what the samples say of the policy.
+
+    Args:
+        loss: minus the mean sampled reward in value, minus the estimate in gradient.
+        rewards: of each sampled ranking; NaN where a reward function could not score it.
+        greedy: of the ranking by score, equal scores in the worst order; None for a reward function.
+        entropy: of the policy's first place, in nats.
+        log_lengths: log of the number of documents: the entropy of a uniform policy.
+        flat: True where all sampled rankings earn the same.
+        variance: of the estimate, its trace over documents, from the spread of its samples (for the estimators with a
+            leave-one-out baseline, whose samples are not independent, an approximation); NaN with one sample.
+        gradient: the estimate itself, by score over temperature.
+    """
+
+    loss: Float[Tensor, " Q"]
+    rewards: Float[Tensor, "N Q"]
+    greedy: Float[Tensor, " Q"] | None
+    entropy: Float[Tensor, " Q"]
+    log_lengths: Float[Tensor, " Q"]
+    flat: Bool[Tensor, " Q"]
+    variance: Float[Tensor, " Q"]
+    gradient: Float[Tensor, "Q D"]
+
+
+def policy_gradient(
+    scores: Float[Tensor, "Q D"],
+    gains: Float[Tensor, "Q D"],
+    mask: Bool[Tensor, "Q D"],
+    *,
+    k: int = 10,
+    n_samples: int = 16,
+    estimator: str | None = None,
+    metric: str = "ndcg",
+    gain: str = "linear",
+    reward_fn: RewardFunction | None = None,
+    ideal_gains: Float[Tensor, "Q I"] | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> PolicyGradient:
+    """Estimate the gradient of the expected reward of rankings drawn with the scores; see `ranking.pg_rank`."""
+    estimator = _checked(scores, k, n_samples, estimator, metric, reward_fn, temperature)
+    logits = _wide(scores) / temperature
+    if bool((logits.detach().isnan() & mask).any()):
+        row = int((logits.detach().isnan() & mask).any(-1).nonzero()[0])
+        raise ValueError(f"the scores of list {row} of the batch have NaN; the model has diverged, or its input was bad")
+    with torch.no_grad():
+        policy = logits.detach().masked_fill(~mask, -torch.inf)
+        drawn = _Drawn(policy, mask, sample_rankings(policy, mask, n_samples, k=k, generator=generator))
+        gains = _gains(gains, mask, gain).to(logits.dtype)
+        if reward_fn is None:
+            judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
+            ideal = ideal_value(judged.to(logits.dtype), metric, k)
+            places = place_rewards(gains.expand(n_samples, -1, -1).gather(-1, drawn.rankings), metric, ideal)
+            rewards = places.sum(-1)
+            best = rank_documents(policy, mask, gains, "worst")[..., :k]
+            greedy = place_rewards(gains.gather(-1, best), metric, ideal).sum(-1)
+        else:
+            places, greedy = None, None
+            rewards = _scored_by(reward_fn, drawn.rankings, logits)
+        if estimator in ("pl_rank", "pl_rank_loo"):
+            units = place_rewards(gains.T.unsqueeze(-1), metric, ideal).squeeze(-1).T
+            weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
+            gradients = (_pl_rank if estimator == "pl_rank" else _pl_rank_loo)(drawn, weights, units, places)
+        else:
+            gradients = drawn.push(_credit(estimator, rewards, places, drawn.real))
+        scored = ~rewards.isnan()
+        count = scored.sum(0)
+        gradient = gradients.sum(0) / count.clamp(min=1).unsqueeze(-1)
+        mean_reward = rewards.nan_to_num(0.0).sum(0) / count.clamp(min=1)
+        spread = (gradients - gradient).square().sum(-1).masked_fill(~scored, 0.0).sum(0)
+    surrogate = (logits.masked_fill(~mask, 0.0) * gradient).sum(-1)
+    first = policy.log_softmax(-1).masked_fill(~mask, 0.0)
+    return PolicyGradient(
+        loss=-(mean_reward + surrogate - surrogate.detach()),
+        rewards=rewards,
+        greedy=greedy,
+        entropy=-(first.exp().masked_fill(~mask, 0.0) * first).sum(-1),
+        log_lengths=mask.sum(-1).clamp(min=1).to(logits.dtype).log(),
+        flat=_flat(rewards),
+        variance=spread / (count * (count - 1)),
+        gradient=gradient,
+    )
+
+
+def first_place_entropy(
+    scores: Float[Tensor, "Q D"], mask: Bool[Tensor, "Q D"], *, temperature: float = 1.0
+) -> Float[Tensor, " Q"]:
+    """Entropy of the document that is drawn first, in nats; 0 for an empty list."""
+    logps = _first_place(scores, mask, temperature)
+    return -(logps.exp() * logps).masked_fill(~mask, 0.0).sum(-1)
+
+
+def first_place_kl(
+    scores: Float[Tensor, "Q D"], ref_scores: Float[Tensor, "Q D"], mask: Bool[Tensor, "Q D"], *, temperature: float = 1.0
+) -> Float[Tensor, " Q"]:
+    """KL(policy || reference) of the document that is drawn first, in nats; 0 for an empty list."""
+    logps, ref_logps = _first_place(scores, mask, temperature), _first_place(ref_scores.detach(), mask, temperature)
+    return (logps.exp() * (logps - ref_logps)).masked_fill(~mask, 0.0).sum(-1)
+
+
+# --- Credit -----------------------------------------------------------------------------------------------------------
+
+
+class _Drawn:
+    """Sampled rankings.
+
+    Args:
+        policy: logits `[Q D]`, -inf for padding.
+        mask: True where a document is no padding.
+        rankings: the first k places `[N Q k]`.
+    """
+
+    def __init__(self, policy: Tensor, mask: Tensor, rankings: Tensor) -> None:
+        everywhere = policy.expand(len(rankings), -1, -1)
+        self.rankings, self.real = rankings, mask.expand_as(everywhere).gather(-1, rankings)
+        self.placed = everywhere.gather(-1, rankings)
+        self.unplaced = everywhere.scatter(-1, rankings, -torch.inf)
+        last = self.unplaced.logsumexp(-1, keepdim=True)
+        self.log_rest = _log_rest(torch.cat([self.placed, last], -1))[..., :-1]
+
+    def push(self, credit: Tensor) -> Tensor:
+        """sum_{j<=k} c_j d log pi(r_j | r_<j) / d s for credit c `[N Q k]`: `[N Q D]`."""
+        (up_placed, up), (down_placed, down) = self.shares(credit.clamp(min=0)), self.shares(-credit.clamp(max=0))
+        return (down - up).scatter_(-1, self.rankings, credit + down_placed - up_placed)
+
+    def shares(self, amounts: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_{j<=m} a_j e^{s_m} / Z_j for the documents at place m `[N Q k]`, and for those not placed, where the sum
+        has all k terms, `[N Q D]`; amounts `[N Q k]`, none negative.
+
+        In logs: Z_j of late places may be below what a float can hold, while each e^{s_m} / Z_j is at most 1.
+        """
+        logs = (amounts.log() - self.log_rest).masked_fill(~self.real, -torch.inf).logcumsumexp(-1)
+        return (self.placed + logs).exp(), (self.unplaced + logs[..., -1:]).exp()
+
+
+def _credit(estimator: Estimator, rewards: Tensor, places: Tensor | None, real: Tensor) -> Tensor:
+    """What each place of each sample is held responsible for, [N Q k]; nothing on padding and unscored samples."""
+    if estimator == "rtg_loo":
+        assert places is not None
+        to_go = places.flip(-1).cumsum(-1).flip(-1)
+        credit = to_go - (to_go.sum(0) - to_go) / (len(to_go) - 1)
+    elif estimator == "loo":
+        scored = ~rewards.isnan()
+        known = rewards.masked_fill(~scored, 0.0)
+        others = (scored.sum(0) - 1).clamp(min=1)
+        advantages = known - (known.sum(0) - known) / others
+        credit = advantages.masked_fill(~scored | (scored.sum(0) < 2), 0.0).unsqueeze(-1).expand_as(real)
+    else:
+        credit = rewards.nan_to_num(0.0).unsqueeze(-1).expand_as(real)
+    return credit.masked_fill(~real, 0.0)
+
+
+def _pl_rank(drawn: _Drawn, weights: Tensor, units: Tensor, places: Tensor) -> Tensor:
+    """PL-Rank (Oosterhuis, SIGIR 2021 and 2022): `[N Q D]`, for the document at place m of a sample
+
+    sum_{j=m+1..k} w_j rho_{r_j} + sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i rho_m - sum_{j=i..k} w_j rho_{r_j})
+
+    Args:
+        drawn: the samples.
+        weights: w `[k]`.
+        units: rho `[Q D]`.
+        places: w_j rho_{r_j} `[N Q k]`.
+    """
+    to_go = places.flip(-1).cumsum(-1).flip(-1)
+    (weight_placed, weight), (lost_placed, lost) = drawn.shares(weights.expand_as(places)), drawn.shares(to_go)
+    placed_units = units.expand_as(weight).gather(-1, drawn.rankings)
+    at_place = (to_go - places).masked_fill(~drawn.real, 0.0) + placed_units * weight_placed - lost_placed
+    return (units * weight - lost).scatter_(-1, drawn.rankings, at_place)
+
+
+def _pl_rank_loo(drawn: _Drawn, weights: Tensor, units: Tensor, places: Tensor) -> Tensor:
+    """`_pl_rank` with what it leaves to the samples taken out: the expected reward of a place is computed instead of
+    drawn, and the rewards behind it are compared with those of the other samples. Arguments as there.
+
+    sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i (rho_m - mu_i) - A_{i+1}) + A_{m+1}, where mu_i is the mean of rho over what
+    is left at place i, weighted by e^s, and A_{i+1} what is earned behind place i minus the mean of the other samples.
+    """
+    behind = places.flip(-1).cumsum(-1).flip(-1) - places
+    advantages = (behind - (behind.sum(0) - behind) / (len(behind) - 1)).masked_fill(~drawn.real, 0.0)
+    placed_units = units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
+    left = _log_rest(torch.cat([drawn.placed + placed_units.log(), (drawn.unplaced + units.log()).logsumexp(-1, True)], -1))
+    means = (left[..., :-1] - drawn.log_rest).exp().masked_fill(~drawn.real, 0.0)
+    weight_placed, weight = drawn.shares(weights.expand_as(places))
+    mean_placed, mean = drawn.shares(weights * means)
+    gradients = units * weight - mean
+    gradients.scatter_(-1, drawn.rankings, placed_units * weight_placed - mean_placed)
+    return gradients + drawn.push(advantages)
+
+
+# --- Checks and small things ------------------------------------------------------------------------------------------
+
+
+def _checked(scores, k, n_samples, estimator, metric, reward_fn, temperature) -> str:
+    """The estimator; ValueError where the settings do not go together."""
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"need 1 <= k <= documents of a list, got k={k} and lists of {scores.shape[-1]}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if estimator is None:
+        estimator = "loo" if reward_fn is not None else "pl_rank" if metric in ADDITIVE else "rtg_loo"
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    if reward_fn is not None and estimator in ("pl_rank", "pl_rank_loo", "rtg_loo"):
+        raise ValueError(
+            f"{estimator} needs to know what each place earns, and a reward function scores whole rankings; use loo"
+        )
+    if estimator in ("pl_rank", "pl_rank_loo") and metric not in ADDITIVE:
+        raise ValueError(
+            f"{estimator} needs a metric that is a sum over documents ({', '.join(sorted(ADDITIVE))}), got {metric}; "
+            "use rtg_loo"
+        )
+    if estimator in ("loo", "rtg_loo", "pl_rank_loo") and n_samples < 2:
+        raise ValueError(f"{estimator} compares a ranking with the others and needs n_samples of at least 2, got 1")
+    return estimator
+
+
+def _gains(gains: Tensor, mask: Tensor, gain: str) -> Tensor:
+    if gain not in ("linear", "exponential"):
+        raise ValueError(f"gain must be linear or exponential, got {gain!r}")
+    gains = _wide(gains).masked_fill(~mask, 0.0).clamp(min=0)
+    return exponential_gain(gains) if gain == "exponential" else gains
+
+
+def _scored_by(reward_fn: RewardFunction, rankings: Tensor, like: Tensor) -> Tensor:
+    rewards = torch.as_tensor(reward_fn(rankings), dtype=like.dtype, device=like.device)
+    if rewards.shape != rankings.shape[:2]:
+        raise ValueError(
+            f"reward_fn must return one reward for each ranking of each query, {tuple(rankings.shape[:2])}, got "
+            f"{tuple(rewards.shape)}"
+        )
+    return rewards.masked_fill(rewards.isinf(), torch.nan)
+
+
+def _flat(rewards: Tensor) -> Tensor:
+    low = rewards.nan_to_num(torch.inf).amin(0)
+    high = rewards.masked_fill(rewards.isnan(), -torch.inf).amax(0)
+    return ~(low < high)
+
+
+def _log_rest(placed: Tensor) -> Tensor:
+    """log Z_j for scores in the order of their places, [... D]."""
+    return placed.flip(-1).logcumsumexp(-1).flip(-1)
+
+
+def _first_place(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    scores = _wide(scores) / temperature
+    return scores.masked_fill(~mask, _lowest(scores)).log_softmax(-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _lowest(values: Tensor) -> float:
+    """Stands for -inf where a gradient has to pass beside it."""
+    return torch.finfo(_wide(values).dtype).min / 4

@@ -1,0 +1,1 @@
+"""Encode, search, mine, and train retrievers and rerankers."""

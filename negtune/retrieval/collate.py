@@ -1,0 +1,73 @@
+"""Batches of candidate lists: every distinct text is tokenised and embedded once, whatever lists it is in.
+
+Shapes: B queries, D documents of the longest list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CandidateCollator:
+    """Rows of `data.candidates` to one batch.
+
+    Args:
+        preprocess: the model's: texts (pairs of texts, for a cross-encoder) to features.
+        kind: of the model, see `losses.kind_of`.
+        prompts: put before queries (`query`) and documents (`document`), or for a cross-encoder (a text) the pair.
+        max_length: tokens of a text, or None for the model's own.
+        keep_rows: hand the rows themselves on, for a reward function.
+    """
+
+    preprocess: Callable[..., dict[str, Any]]
+    kind: str
+    prompts: Mapping[str, str] | str | None = None
+    max_length: int | None = None
+    keep_rows: bool = False
+    valid_label_columns: Sequence[str] = ()  # asked for by the host
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`features`: one dict a column; `lists`: gains, mask, documents, and teacher, start, ideal where rows have
+        them; `rows`: their numbers."""
+        lengths = [len(row["documents"]) for row in rows]
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+        lists = {"gains": _padded(rows, "gains"), "mask": mask}
+        for name, column in (("teacher", "teacher_scores"), ("start", "start_scores"), ("ideal", "ideal_gains")):
+            if rows[0].get(column) is not None:
+                lists[name] = _padded(rows, column)
+        if self.kind == "cross_encoder":
+            texts = [(row["query"], document) for row in rows for document in row["documents"]]
+            features = [self._features(texts, "pair")]
+            places = iter(range(len(texts)))
+        else:
+            distinct = {text: i for i, text in enumerate(dict.fromkeys(d for row in rows for d in row["documents"]))}
+            features = [
+                self._features([row["query"] for row in rows], "query"),
+                self._features(list(distinct), "document"),
+            ]
+            places = iter([distinct[document] for row in rows for document in row["documents"]])
+        documents = torch.zeros_like(mask, dtype=torch.long)
+        documents[mask] = torch.tensor(list(places))
+        batch = {"features": features, "lists": {**lists, "documents": documents}}
+        if "row" in rows[0]:
+            batch["rows"] = torch.tensor([row["row"] for row in rows])
+        return {**batch, "texts": list(rows)} if self.keep_rows else batch
+
+    def _features(self, texts: list[Any], side: str) -> dict[str, Any]:
+        prompt = self.prompts if isinstance(self.prompts, str) else (self.prompts or {}).get(side)
+        more: dict[str, Any] = {} if self.max_length is None else {"max_length": self.max_length}
+        if self.kind == "multi_vector":
+            more["task"] = side
+        features = self.preprocess(texts, prompt=prompt, **more)
+        return {**features, "task": side} if self.kind == "multi_vector" else dict(features)
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], column: str) -> Tensor:
+    width = max(len(row[column]) for row in rows)
+    return torch.tensor([[*row[column], *[0.0] * (width - len(row[column]))] for row in rows])

@@ -1,0 +1,514 @@
+"""A loss module for sentence-transformers' trainers over the pure objectives of `losses.ranking`.
+
+Three kinds of model give scores for lists of documents: bi-encoders (one embedding a text), multi-vector encoders (one a
+token, compared by MaxSim) and cross-encoders (a query with a document, causal LMs with yes/no logits among them). What
+happens to the scores is the same.
+
+Shapes: B queries, D documents of the longest list, M distinct texts that were embedded, H width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negtune._st_compat import (
+    CachedLossMixin,
+    MultiVectorEncoder,
+    colbert_scores_pairwise,
+    create_minibatch,
+    embed_columns,
+    has_static_embedding_input,
+)
+from negtune.losses.plackett_luce import PolicyGradient, first_place_entropy, first_place_kl, policy_gradient
+from negtune.losses.ranking import RANKING_LOSSES
+from negtune.metrics.ranking import ideal_value, place_rewards, rank_documents
+
+logger = logging.getLogger(__name__)
+
+NEED_TEACHER = ("margin_mse", "kl_distill")
+UNIFORM, SATURATED = 0.98, 0.01
+"""Entropy of the first place over that of a uniform policy: above, nothing is preferred; below, nothing is tried."""
+PATIENCE = 20
+"""Batches before a saturated policy is told of."""
+
+
+class RankingWarning(UserWarning):
+    """The policy cannot learn as it is: uniform, or so certain that every sample is the same."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What a batch of candidate lists says besides its texts.
+
+    Args:
+        gains: grades `[B D]`.
+        mask: True where a document is no padding `[B D]`.
+        documents: which of the embedded texts (of the scored pairs) each document is `[B D]`.
+        teacher: scores of a teacher `[B D]`, or None.
+        start: scores of the warm start `[B D]`, or None.
+        ideal: gains of all judged documents of each query, zeros behind `[B I]`, or None.
+        rows: the rows of the data set, for a reward function.
+        total: queries that count in the whole optimiser step, over all processes; None: this batch is the step.
+        share: micro-batches of the step times processes: what the host divides by.
+    """
+
+    gains: Tensor
+    mask: Tensor
+    documents: Tensor
+    teacher: Tensor | None = None
+    start: Tensor | None = None
+    ideal: Tensor | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None
+    total: float | None = None
+    share: float = 1.0
+
+    @classmethod
+    def of_labels(cls, labels: Any, n_queries: int, n_columns: int) -> Lists:
+        """Of sentence-transformers' columns (query, document_0, ..., document_{n-1}): labels are gains `[B n]`, below
+        0 for padding; without labels the first document is the relevant one."""
+        if labels is None:
+            labels = torch.zeros(n_queries, n_columns)
+            labels[:, 0] = 1
+        if labels.shape != (n_queries, n_columns):
+            raise ValueError(
+                f"labels must be one gain for each of the {n_columns} document columns, [{n_queries}, {n_columns}], got "
+                f"{list(labels.shape)}; pad shorter lists with empty documents and the label -1"
+            )
+        columns = torch.arange(n_columns, device=labels.device) * n_queries
+        documents = columns + torch.arange(n_queries, device=labels.device).unsqueeze(-1)
+        return cls(labels.float().clamp(min=0), labels >= 0, documents)
+
+    @classmethod
+    def of_label_lists(cls, labels: Sequence[Any], device: torch.device) -> Lists:
+        """Of a cross-encoder's lists of gains, one after another."""
+        lengths = [len(row) for row in labels]
+        gains = torch.zeros(len(labels), max(lengths), device=device)
+        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(-1)
+        gains[mask] = torch.cat([torch.as_tensor(row, dtype=torch.float, device=device) for row in labels])
+        documents = torch.zeros_like(mask, dtype=torch.long)
+        documents[mask] = torch.arange(sum(lengths), device=device)
+        return cls(gains, mask, documents)
+
+    @property
+    def relevant(self) -> Tensor:
+        """[B D]."""
+        return (self.gains > 0) & self.mask
+
+
+class RankingLoss(CachedLossMixin, nn.Module):
+    """Train any sentence-transformers model on lists of documents with an objective of `losses.ranking`.
+
+    For the stock trainers: `SentenceTransformerTrainer` and `MultiVectorEncoderTrainer` with the columns query,
+    document_0, ..., document_{n-1} and `label`, a list of n gains (below 0: padding; no label: the first is the
+    relevant one); `CrossEncoderTrainer` with query, documents (a list) and `label` (a list as long). `RankingTrainer`
+    makes one of these itself.
+
+    Rankings are drawn once, from the scores that the gradient is of: also with dropout, and between the two passes of
+    GradCache.
+
+    Args:
+        model: `SentenceTransformer`, `CrossEncoder` or `MultiVectorEncoder`.
+        loss_type: one of `RANKING_LOSSES`.
+        scale: similarities are multiplied by it. Default: 20 for cosines, which are a uniform policy at 1; else 1.
+        mini_batch_size: texts embedded at a time, by GradCache: memory for that many, the same gradients, two forward
+            passes. None: all at once. Static embeddings cannot be split and are always embedded at once.
+        mini_batch_num_tokens: the same, by tokens.
+        in_batch: the documents of all queries of the batch are candidates of each, those of others with gain 0.
+        objective: `(scores, gains, mask) -> [Q]` to use instead of the named one.
+        reward_fn: for `pg_rank`, `(rankings [N B k], rows) -> rewards [N B]`; see `losses.ranking.pg_rank`.
+        loss_kwargs: hyper-parameters of the objective.
+
+    Raises:
+        ValueError: no such objective or hyper-parameter, or a model whose similarity is neither cosine nor dot.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_type: str = "pg_rank",
+        *,
+        scale: float | None = None,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        in_batch: bool = False,
+        objective: Callable[..., Tensor] | None = None,
+        reward_fn: Callable[..., Tensor] | None = None,
+        **loss_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind_of(model)
+        self.cosine = self.kind == "bi_encoder" and _similarity(model) == "cosine"
+        self.scale = scale if scale is not None else 20.0 if self.cosine else 1.0
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        self.loss_type, self.objective, self.loss_kwargs = loss_type, objective, known_settings(loss_type, loss_kwargs)
+        self.reward_fn, self.in_batch = reward_fn, in_batch
+        if reward_fn is not None and loss_type != "pg_rank":
+            raise ValueError(f"reward_fn is for pg_rank, got loss_type={loss_type}")
+        if in_batch and self.kind == "cross_encoder":
+            raise ValueError("in_batch would score every query with every document of the batch by a cross-encoder")
+        if in_batch and reward_fn is not None:
+            raise ValueError("in_batch ranks documents of other queries too, which reward_fn does not know")
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.mini_batch_size = mini_batch_size if mini_batch_size is not None else 32
+        self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
+        if self.uses_gradient_cache and self.kind != "cross_encoder" and has_static_embedding_input(model):
+            logger.warning("static embeddings cannot be split into mini-batches: all texts are embedded at once")
+            self.uses_gradient_cache = False
+        self._sums = {mode: defaultdict(lambda: [0.0, 0]) for mode in ("train", "eval")}
+        self._batches, self._certain, self._told = 0, 0, set()
+
+    # --- from texts to scores -----------------------------------------------------------------------------------------
+
+    def forward(self, sentence_features: Any, labels: Any = None, prompt: str | None = None, task: str | None = None) -> Tensor:
+        features = list(sentence_features)
+        if isinstance(labels, Lists):
+            lists = labels
+        elif self.kind == "cross_encoder":
+            features, lists = self._pairs(features, labels, prompt, task)
+        else:
+            features, lists = self._columns(features, labels)
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, lists)
+        if self.kind == "bi_encoder":
+            return self.calculate_loss([[rep] for rep in embed_columns(self.model, features)], lists)
+        return self.calculate_loss([[self._outputs(column)] for column in features], lists)
+
+    def scores(self, features: Sequence[dict[str, Any]], lists: Lists) -> Tensor:
+        """Scaled scores of lists `[B D]`, all at once; 0 for padding."""
+        return self._scores([[self._outputs(column)] for column in features], lists).masked_fill(~lists.mask, 0.0)
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
+        """Of embeddings of the columns, as some wrapper losses have them."""
+        if not isinstance(labels, Lists):
+            labels = self._labelled(Lists.of_labels(labels, len(embeddings[0]), len(embeddings) - 1))
+        return self.calculate_loss([[rep] for rep in embeddings], labels)
+
+    def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Lists, *, with_backward: bool = False) -> Tensor:
+        """The loss from embeddings (or pair scores) of each column in mini-batches, down to them if asked."""
+        lists = self._pooled(labels) if self.in_batch else labels
+        loss = self._loss(self._scores(reps, lists), lists)
+        if with_backward:
+            loss.backward()
+            return loss.detach()
+        return loss
+
+    def embed_minibatch(self, sentence_feature, begin, end, with_grad, copy_random_state, random_state=None):
+        """As in the host, for all kinds of model."""
+        from contextlib import nullcontext
+
+        from sentence_transformers.base.losses.gradcache import RandContext
+
+        part = create_minibatch(sentence_feature, begin, end)
+        with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
+            state = RandContext(*part.values()) if copy_random_state else None
+            return self._outputs(part), state
+
+    def _outputs(self, features: dict[str, Any]) -> Tensor:
+        """[M H] embeddings, [M] scores of pairs, or [M T H+1] embeddings of tokens with their mask behind them."""
+        if self.kind == "cross_encoder":
+            return self.model(features)["scores"].view(-1)
+        if self.kind == "bi_encoder":
+            return self.model(features)["sentence_embedding"]
+        features = dict(features)
+        task = features.get("task")
+        found = self.model(features, task=task) if task is not None else self.model(features)
+        tokens, mask = found["token_embeddings"], found["attention_mask"].bool()
+        return torch.cat([tokens.masked_fill(~mask.unsqueeze(-1), 0.0), mask.unsqueeze(-1).to(tokens.dtype)], -1)
+
+    def _scores(self, reps: Sequence[Sequence[Tensor]], lists: Lists) -> Tensor:
+        """[B D], in float32 or wider, times the scale."""
+        if self.kind == "cross_encoder":
+            return _wide(torch.cat(list(reps[0])))[lists.documents] * self.scale
+        if self.kind == "multi_vector":
+            return self._max_sim(reps, lists) * self.scale
+        queries, documents = _wide(torch.cat(list(reps[0]))), _wide(torch.cat([r for column in reps[1:] for r in column]))
+        if self.cosine:
+            queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+        if lists.documents.shape[-1] >= len(documents):
+            return (queries @ documents.T).gather(-1, lists.documents) * self.scale
+        return torch.einsum("bh,bdh->bd", queries, documents[lists.documents]) * self.scale
+
+    def _max_sim(self, reps: Sequence[Sequence[Tensor]], lists: Lists) -> Tensor:
+        queries, documents = _stack_tokens(reps[0]), _stack_tokens([r for column in reps[1:] for r in column])
+        rows, columns = lists.mask.nonzero(as_tuple=True)
+        wanted = documents[lists.documents[rows, columns]]
+        q, q_mask = _wide(queries[rows][..., :-1]), queries[rows][..., -1] > 0
+        d, d_mask = _wide(wanted[..., :-1]), wanted[..., -1] > 0
+        found = colbert_scores_pairwise(q, d, queries_mask=q_mask, documents_mask=d_mask)
+        return torch.zeros(lists.mask.shape, dtype=found.dtype, device=found.device).index_put((rows, columns), found)
+
+    # --- from columns to lists ----------------------------------------------------------------------------------------
+
+    def _columns(self, features: list[Any], labels: Any) -> tuple[list[Any], Lists]:
+        if len(features) < 2:
+            raise ValueError(f"need a query column and at least one document column, got {len(features)} columns")
+        n_queries = _rows(features[0])
+        if labels is not None and not isinstance(labels, Tensor):
+            raise ValueError("labels of a bi-encoder must be rectangular: pad lists with empty documents and label -1")
+        return features, self._labelled(Lists.of_labels(labels, n_queries, len(features) - 1))
+
+    def _pairs(self, inputs: list[Any], labels: Any, prompt: str | None, task: str | None) -> tuple[list[Any], Lists]:
+        queries, documents = inputs
+        if labels is None or len(labels) != len(queries) or isinstance(labels, Tensor) and labels.ndim != 2:
+            raise ValueError("a cross-encoder needs label, a list of one gain for each document")
+        for query, docs, row in zip(queries, documents, labels, strict=True):
+            if len(docs) != len(row):
+                raise ValueError(f"{len(docs)} documents and {len(row)} gains for the query {str(query)[:80]!r}")
+        pairs = [(query, doc) for query, docs in zip(queries, documents, strict=True) for doc in docs]
+        device = next(self.model.parameters()).device
+        features = self.model.preprocess(pairs, prompt=prompt, task=task)
+        features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        return [features], self._labelled(Lists.of_label_lists(labels, device))
+
+    def _labelled(self, lists: Lists) -> Lists:
+        """For distillation the labels of sentence-transformers are a teacher's scores, the first document relevant."""
+        if self.loss_type not in NEED_TEACHER or self.objective is not None:
+            return lists
+        first = torch.zeros_like(lists.gains)
+        first[:, 0] = 1
+        return replace(lists, gains=first, teacher=lists.gains)
+
+    def _pooled(self, lists: Lists) -> Lists:
+        """All documents of the batch as candidates of each query; what is in its own list keeps its gain."""
+        n_documents = int(lists.documents[lists.mask].max()) + 1
+        gains = torch.zeros(len(lists.gains), n_documents + 1, device=lists.gains.device)
+        own = lists.documents.masked_fill(~lists.mask, n_documents)
+        gains.scatter_(-1, own, lists.gains.float())
+        present = torch.zeros(n_documents + 1, dtype=torch.bool, device=gains.device)
+        present[own.flatten()] = True
+        shape = (len(gains), n_documents)
+        everywhere = torch.arange(n_documents, device=gains.device).expand(shape)
+        if lists.teacher is not None or lists.start is not None:
+            raise ValueError("in_batch has no teacher's scores, and none of the warm start, for documents of other queries")
+        return replace(lists, gains=gains[:, :-1], mask=present[:-1].expand(shape), documents=everywhere)
+
+    # --- from scores to the loss --------------------------------------------------------------------------------------
+
+    def _loss(self, scores: Tensor, lists: Lists) -> Tensor:
+        found = None
+        if self.objective is not None:
+            losses = self.objective(scores, lists.gains, lists.mask)
+        elif self.loss_type == "pg_rank":
+            found, losses = self._policy_gradient(scores, lists)
+        else:
+            losses = RANKING_LOSSES[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
+        counted, mode = self.counted(lists), "train" if torch.is_grad_enabled() else "eval"
+        with torch.no_grad():
+            self._track(mode, scores, lists, counted, found)
+            if mode == "train" and found is not None:
+                self._watch(found, counted)
+        losses = losses.masked_fill(~counted, 0.0)
+        if lists.total is None:
+            return losses.sum() / counted.sum().clamp(min=1)
+        return losses.sum() / max(lists.total, 1) * lists.share
+
+    def counted(self, lists: Lists) -> Tensor:
+        """Queries that say something, [B]: with a relevant document; where no gains are read, with any document."""
+        if self.reward_fn is not None or (self.loss_type == "kl_distill" and self.objective is None):
+            return lists.mask.any(-1)
+        return lists.relevant.any(-1)
+
+    def _arguments(self, lists: Lists) -> dict[str, Any]:
+        arguments = dict(self.loss_kwargs)
+        if self.loss_type in NEED_TEACHER:
+            if lists.teacher is None:
+                raise ValueError(f"{self.loss_type} needs teacher_scores, one for each document")
+            arguments["teacher_scores"] = lists.teacher
+        if self.loss_type == "lambda_rank" and lists.ideal is not None:
+            arguments["ideal_gains"] = lists.ideal
+        return arguments
+
+    def _policy_gradient(self, scores: Tensor, lists: Lists) -> tuple[PolicyGradient, Tensor]:
+        settings = dict(self.loss_kwargs)
+        entropy_weight, kl_weight = settings.pop("entropy_weight", 0.0), settings.pop("kl_weight", 0.0)
+        settings["k"] = min(settings.get("k", 10), scores.shape[-1])
+        if self.reward_fn is not None:
+            settings["reward_fn"] = partial(self.reward_fn, rows=lists.rows)
+        if not torch.is_grad_enabled():  # an evaluation draws the same every time, and nothing from the training's
+            settings["generator"] = torch.Generator(device=scores.device).manual_seed(0)
+        found = policy_gradient(scores, lists.gains, lists.mask, ideal_gains=lists.ideal, **settings)
+        losses, temperature = found.loss, settings.get("temperature", 1.0)
+        if entropy_weight:
+            losses = losses - entropy_weight * first_place_entropy(scores, lists.mask, temperature=temperature)
+        if kl_weight:
+            if lists.start is None:
+                raise ValueError("kl_weight needs the scores of the warm start, which RankingTrainer computes")
+            losses = losses + kl_weight * first_place_kl(scores, lists.start, lists.mask, temperature=temperature)
+        return found, losses
+
+    # --- what a person watches ----------------------------------------------------------------------------------------
+
+    def take_metrics(self, mode: str = "train") -> dict[str, tuple[float, float]]:
+        """Sum and count of each metric since the last call, of this process.
+
+        `reward/greedy`: the metric of each list ranked by score, equal scores in the worst order, lists without a
+        relevant document left out; `positive/score`, `negative/score` and `positive/probability` (to be drawn first);
+        `queries/skipped`: share without a relevant document. Of `pg_rank` also `reward/expected`: the mean of sampled
+        rankings; `reward/flat`: share of queries whose samples all earn the same, and that say nothing;
+        `policy/entropy` of the first place, in nats, `policy/uniformity`, the same over log of the documents;
+        `gradient/variance` of the estimate by score, `gradient/norm` of the estimate.
+        """
+        found = {name: (float(total), float(count)) for name, (total, count) in self._sums[mode].items()}
+        self._sums[mode].clear()
+        return found
+
+    def _track(self, mode: str, scores: Tensor, lists: Lists, counted: Tensor, found: PolicyGradient | None) -> None:
+        sums = self._sums[mode]
+        scores = scores.detach()
+
+        def add(name: str, values: Tensor, keep: Tensor) -> None:
+            kept = values[keep].double()
+            sums[name][0] += float(kept.sum())
+            sums[name][1] += kept.numel()
+
+        relevant = lists.relevant
+        add("positive/score", scores, relevant)
+        add("negative/score", scores, lists.mask & ~relevant)
+        temperature = self.loss_kwargs.get("temperature", 1.0)
+        chances = (scores / temperature).masked_fill(~lists.mask, -torch.inf).softmax(-1)
+        add("positive/probability", chances.masked_fill(~relevant, 0.0).sum(-1), relevant.any(-1))
+        add("queries/skipped", (~counted).double(), torch.ones_like(counted))
+        if found is None or found.greedy is None:
+            k = min(self.loss_kwargs.get("k") or 10, scores.shape[-1])
+            gains = lists.gains.masked_fill(~lists.mask, 0.0)
+            ideal = ideal_value(gains if lists.ideal is None else lists.ideal, "ndcg", k)
+            best = rank_documents(scores, lists.mask, gains, "worst")[..., :k]
+            add("reward/greedy", place_rewards(gains.gather(-1, best), "ndcg", ideal).sum(-1), relevant.any(-1))
+        if found is None:
+            return
+        if found.greedy is not None:
+            add("reward/greedy", found.greedy, counted)
+        expected = found.rewards.nanmean(0)
+        add("reward/expected", expected, counted & ~expected.isnan())
+        add("reward/flat", found.flat.double(), counted)
+        add("policy/entropy", found.entropy, counted)
+        several = counted & (found.log_lengths > 0)
+        add("policy/uniformity", found.entropy / found.log_lengths, several)
+        add("gradient/norm", found.gradient.norm(dim=-1), counted)
+        add("gradient/variance", found.variance, counted & ~found.variance.isnan())
+
+    def _watch(self, found: PolicyGradient, counted: Tensor) -> None:
+        several = counted & (found.log_lengths > 0)
+        if not several.any():
+            return
+        self._batches += 1
+        mean, flat = float((found.entropy / found.log_lengths)[several].mean()), found.flat[several]
+        if self._batches == 1 and mean > UNIFORM:
+            self._tell(
+                "uniform",
+                f"the policy is uniform (entropy of the first place {mean:.3f} of its maximum): a cold start, where "
+                "relevant documents are hardly ever drawn early and gradients are tiny. Start from a trained "
+                f"retriever, or raise scale (now {self.scale:g})",
+            )
+        self._certain = self._certain + 1 if mean < SATURATED and float(flat.double().mean()) > 0.9 else 0
+        if self._certain == PATIENCE:
+            self._tell(
+                "saturated",
+                f"the policy is certain (entropy of the first place {mean:.1e} of its maximum for {PATIENCE} batches): "
+                "all samples are the same ranking and say nothing. Lower scale "
+                f"(now {self.scale:g}) or raise temperature",
+            )
+
+    def _tell(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(text, RankingWarning, stacklevel=2)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the host's model card."""
+        settings = {k: getattr(v, "__name__", v) for k, v in self.loss_kwargs.items()}
+        cached = {"mini_batch_size": self.mini_batch_size} if self.uses_gradient_cache else {}
+        return {"loss_type": self.loss_type, "scale": self.scale, "in_batch": self.in_batch, **cached, **settings}
+
+    @property
+    def citation(self) -> str:
+        """Of the objective, in BibTeX."""
+        if self.loss_type != "pg_rank":
+            return ""
+        return (
+            "@misc{gao2023policygradient,\n"
+            "    title={Policy-Gradient Training of Language Models for Ranking},\n"
+            "    author={Ge Gao and Jonathan D. Chang and Claire Cardie and Kiant\\'e Brantley and Thorsten Joachims},\n"
+            "    year={2023},\n    eprint={2310.04407},\n    archivePrefix={arXiv}\n}"
+        )
+
+
+def kind_of(model: nn.Module) -> str:
+    """bi_encoder, cross_encoder or multi_vector.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+    for kind, cls in (("multi_vector", MultiVectorEncoder), ("cross_encoder", CrossEncoder), ("bi_encoder", SentenceTransformer)):
+        if isinstance(model, cls):
+            return kind
+    if hasattr(model, "num_labels") and hasattr(model, "preprocess"):
+        return "cross_encoder"
+    raise ValueError(
+        f"model must be a SentenceTransformer, CrossEncoder or MultiVectorEncoder, got {type(model).__name__}; for a "
+        "causal LM see negtune.retrieval.encoder"
+    )
+
+
+def _similarity(model: Any) -> str:
+    name = model.similarity_fn_name or "cosine"
+    if name not in ("cosine", "dot"):
+        raise ValueError(f"the model's similarity is {name}; set similarity_fn_name to cosine or dot")
+    return name
+
+
+def known_settings(loss_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of an objective, tried out on a list of their own.
+
+    Raises:
+        ValueError: no such objective, no such hyper-parameter, or a value it cannot have.
+    """
+    if loss_type not in RANKING_LOSSES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(sorted(RANKING_LOSSES))}")
+    objective = RANKING_LOSSES[loss_type]
+    parameters = inspect.signature(objective).parameters.values()
+    ours = ("reward_fn", "ideal_gains", "ref_scores", "generator", "teacher_scores")
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ours]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{loss_type} has no hyper-parameter {name!r}; it has {', '.join(names) or 'none'}")
+    scores = torch.zeros(1, max(2, *(v for v in (given.get("k"),) if type(v) is int), 2))
+    gains = torch.zeros_like(scores).index_fill(-1, torch.tensor([0]), 1.0)
+    more = {name: scores for name in ("teacher_scores", "ref_scores") if name in {p.name for p in parameters}}
+    if loss_type == "pg_rank":
+        more |= {"generator": torch.Generator().manual_seed(0), "k": given.get("k", 2)}
+    try:
+        objective(scores, gains, scores == 0, **{**more, **given})
+    except TypeError as error:
+        raise ValueError(f"a hyper-parameter of {loss_type} has the wrong type, {dict(given)}: {error}") from None
+    return dict(given)
+
+
+def _stack_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """[M T H+1] of parts with different T, masked behind."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+
+
+def _rows(features: Mapping[str, Any]) -> int:
+    if "offsets" in features and features["input_ids"].ndim == 1:
+        return len(features["offsets"])
+    return len(features["input_ids"])
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

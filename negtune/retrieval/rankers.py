@@ -1,0 +1,130 @@
+"""Models that rank, by name: bi-encoders, multi-vector encoders, cross-encoders, and causal LMs asked for yes or no."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from negtune.models.load import BUILT_IN, resolve
+
+INSTRUCTION = (
+    "Judge whether the document is relevant to the query. The answer can only be yes or no."
+)
+
+
+def load_ranker(
+    name: str | os.PathLike,
+    kind: str = "bi_encoder",
+    *,
+    model_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The sentence-transformers model of a folder, hub id or built-in name.
+
+    Args:
+        name: for `bi_encoder` also what `encoder.load_encoder` knows (`minilm`, `wordllama`, ...); for `causal_lm` what
+            `load_model` knows (`smollm2`, ...).
+        kind: bi_encoder, cross_encoder, multi_vector, or causal_lm for `causal_reranker`.
+        model_kwargs: of `from_pretrained`; `quantization_config` for QLoRA. Safetensors only.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ValueError: no such kind.
+        OSError, ModelError: no such model.
+    """
+    from sentence_transformers import CrossEncoder
+
+    from negtune._st_compat import MultiVectorEncoder
+
+    if kind == "causal_lm":
+        return causal_reranker(name, model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
+    if kind == "bi_encoder":
+        from negtune.retrieval.encoder import load_encoder
+
+        return load_encoder(str(name), model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
+    classes = {"cross_encoder": CrossEncoder, "multi_vector": MultiVectorEncoder}
+    if kind not in classes:
+        raise ValueError(f"unknown kind of model {kind!r}; choose bi_encoder, cross_encoder, multi_vector or causal_lm")
+    arguments = {"use_safetensors": True, **(model_kwargs or {})}
+    return classes[kind](str(name), model_kwargs=arguments, trust_remote_code=trust_remote_code)
+
+
+def causal_reranker(
+    name: str | os.PathLike,
+    *,
+    instruction: str = INSTRUCTION,
+    yes: str = "yes",
+    no: str = "no",
+    max_length: int | None = 512,
+    model_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal LM as a cross-encoder: a pair's score is logit(yes) - logit(no) behind the instruction, query and document.
+
+    Nothing is generated. The prompt is the model's own chat format around `instruction`, kept as the chat template of
+    the returned model, so that a saved one is an ordinary sentence-transformers `CrossEncoder`. A document that is too
+    long is cut, what stands behind it is not.
+
+    Args:
+        name: what `load_model` knows: folder, hub id, `smollm2`, `tiny`.
+        instruction: asked before query and document.
+        yes, no: the two answers, one token each.
+        max_length: tokens of prompt and pair; None: the model's own limit.
+        model_kwargs, trust_remote_code: see `load_ranker`.
+
+    Raises:
+        ValueError: an answer is no single token, or both are the same.
+    """
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    folder = resolve(name)
+    arguments = {"use_safetensors": True, **({"dtype": "float32"} if not model_kwargs else model_kwargs)}
+    transformer = Transformer(
+        folder,
+        transformer_task="text-generation",
+        model_kwargs={**arguments, "trust_remote_code": trust_remote_code},
+    )
+    tokenizer = transformer.tokenizer
+    tokenizer.chat_template = pair_template(tokenizer, instruction)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if max_length is not None:
+        transformer.max_seq_length = max_length
+    score = LogitScore(true_token_id=_one_token(tokenizer, yes), false_token_id=_one_token(tokenizer, no))
+    if score.true_token_id == score.false_token_id:
+        raise ValueError(f"{yes!r} and {no!r} are the same token of {name}; choose other answers")
+    built_in = str(name) in BUILT_IN and not Path(str(name)).exists()
+    model = CrossEncoder(modules=[transformer, score], prompts={})
+    model.model_card_data.base_model = None if built_in else str(name)
+    return model
+
+
+def pair_template(tokenizer: Any, instruction: str) -> str:
+    """Chat template for the roles query and document: `instruction`, query and document as one turn of the user."""
+    body = "\x02body\x02"
+    if tokenizer.chat_template is None:
+        before, after = "", "\nAnswer: "
+    else:
+        turn = [{"role": "user", "content": body}]
+        before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(body)
+    text = "(m.content if m.content is string else m.content[0].text)"
+    return (
+        f"{{{{ {json.dumps(before + instruction)} }}}}"
+        "{% for m in messages %}"
+        f'{{% if m.role == "query" %}}{{{{ "\\n\\nQuery: " + {text} }}}}'
+        f'{{% elif m.role == "document" %}}{{{{ "\\n\\nDocument: " + {text} }}}}'
+        "{% endif %}{% endfor %}"
+        f"{{{{ {json.dumps(after)} }}}}"
+    )
+
+
+def _one_token(tokenizer: Any, word: str) -> int:
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"the answer {word!r} is {len(ids)} tokens; choose one that is a single token of the model")
+    return ids[0]

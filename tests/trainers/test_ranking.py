@@ -1,0 +1,392 @@
+"""RankingTrainer: direction for four kinds of model, invariances, resuming, adapters, what is refused."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
+
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+
+from negtune.losses.ranking import infonce
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.launching import run_script
+from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, rows, static_encoder
+
+
+def config(folder, **settings):
+    fixed = {"per_device_train_batch_size": 8, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "k": 3}
+    return RankingConfig(output_dir=str(folder), **{**fixed, "logging_steps": 1, "seed": 1, **settings})
+
+
+def train(model, folder, data=None, held_out=None, peft_config=None, reward_fn=None, objective=None, **settings):
+    if settings.get("loss_type", "pg_rank") not in ("pg_rank", "lambda_rank", "list_mle"):
+        settings = {"k": None, **settings}
+    trainer = RankingTrainer(
+        model=model,
+        args=config(folder, **settings),
+        train_dataset=rows(64, documents=6, shorter=True) if data is None else data,
+        eval_dataset=held_out,
+        **{"peft_config": peft_config, "reward_fn": reward_fn, "objective": objective},
+    )
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_close(first, second, **tolerance):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], msg=name, **tolerance)
+
+
+# --- Direction --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (bi_encoder, {"scale": 10.0}),
+        (bi_encoder, {"scale": 10.0, "loss_type": "infonce", "in_batch": True}),
+        (multi_vector, {}),
+        (cross_encoder, {"num_train_epochs": 15, "learning_rate": 5e-3}),
+    ],
+    ids=["bi_encoder", "in_batch", "multi_vector", "cross_encoder"],
+)
+def test_held_out_lists_are_ranked_better(tmp_path, build, settings):
+    held_out = rows(100, documents=8, seed=9)
+    model = build(tmp_path / "model")
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 32, "learning_rate": 3e-3, **settings}
+    args = {**settings, "logging_steps": 1000, "k": 5 if "loss_type" not in settings else None}
+    trainer = RankingTrainer(
+        model=model, args=config(tmp_path / "run", **args), train_dataset=rows(500), eval_dataset=held_out
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_reward/greedy"] > before["eval_reward/greedy"] + 0.03
+    gap = [m["eval_positive/score"] - m["eval_negative/score"] for m in (before, after)]
+    assert gap[1] > gap[0]
+    assert after["eval_positive/probability"] > before["eval_positive/probability"]
+
+
+def test_a_causal_lm_learns_to_say_yes_to_relevant_documents(tmp_path):
+    from negtune.retrieval.rankers import causal_reranker
+
+    model = causal_reranker("tiny", instruction="relevant?", yes="a", no="b", max_length=128)
+    made = [
+        {"query": f"{i}", "documents": [f"{i}", "none", "other"], "gains": [1.0, 0.0, 0.0]} for i in (1, 2, 3, 4)
+    ]
+    settings = {"max_steps": 25, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "k": 1, "metric": "precision"}
+    trainer = RankingTrainer(model=model, args=config(tmp_path, **settings), train_dataset=made, eval_dataset=made)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_reward/expected"] > before["eval_reward/expected"] + 0.2
+    assert after["eval_positive/score"] - after["eval_negative/score"] > 0.5
+
+
+def test_a_black_box_reward_is_climbed(tmp_path):
+    """Rewarded: that the shortest document comes first. No gains are given, and some rankings cannot be scored."""
+    made = [
+        {"query": row["query"], "documents": row["documents"][:3] + ["w7"], "wanted": "w7"} for row in rows(32)
+    ]
+    seen = []
+
+    def reward(queries, rankings, wanted, documents, **columns):
+        seen.append((queries[0], rankings[0], sorted(columns)))
+        assert all(set(r) <= set(d) for r, d in zip(rankings, documents, strict=True))
+        return [None if r[0] == made[0]["documents"][0] else float(r[0] == w) for r, w in zip(rankings, wanted, strict=True)]
+
+    settings = {"max_steps": 30, "learning_rate": 3e-3, "k": 2, "scale": 10.0}
+    trainer = train(bi_encoder(tmp_path / "model"), tmp_path / "run", data=made, reward_fn=reward, **settings)
+    history = [row["reward/expected"] for row in trainer.state.log_history if "reward/expected" in row]
+    assert history[-1] > history[0] + 0.3
+    assert len(seen[0][1]) == 2
+    assert seen[0][0] in [row["query"] for row in made]
+    assert "reward/greedy" not in trainer.state.log_history[0]
+
+
+def test_kl_to_the_warm_start_holds_the_scores_back(tmp_path):
+    moved = []
+    for weight in (None, 5.0):
+        model = bi_encoder(tmp_path / "model")
+        settings = {"max_steps": 15, "learning_rate": 3e-3, "kl_weight": weight, "scale": 10.0, "n_samples": 64}
+        trainer = train(model, tmp_path / "run", data=rows(64, documents=6), **settings)
+        moved.append(trainer.state.log_history[-2]["positive/probability"])
+    assert moved[0] > moved[1] + 0.1
+
+
+def test_an_objective_of_ones_own(tmp_path):
+    def doubled(scores, gains, mask):
+        return 2 * infonce(scores, gains, mask)
+
+    trainers = [
+        train(static_encoder(), tmp_path / "run", max_steps=2, objective=doubled, optim="sgd", learning_rate=0.1),
+        train(static_encoder(), tmp_path / "run", max_steps=2, loss_type="infonce", optim="sgd", learning_rate=0.2, max_grad_norm=0.0),
+    ]
+    assert trainers[0].state.log_history[0]["loss"] == pytest.approx(2 * trainers[1].state.log_history[0]["loss"], rel=1e-4)
+
+
+# --- Invariance -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["lambda_rank", "infonce"])
+def test_micro_batches_and_accumulation_change_nothing(tmp_path, loss_type):
+    """Lists of unequal length, one query without a relevant document behind the check of rows."""
+    data = rows(16, documents=6, shorter=True)
+    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "loss_type": loss_type, "max_grad_norm": 1.0}
+    trainers = [
+        train(
+            bi_encoder(tmp_path / "model").double(),
+            tmp_path / f"run{batch}",
+            data=data,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+            **settings,
+        )
+        for batch in (8, 2)
+    ]
+    assert_close(*trainers, atol=1e-9, rtol=0)
+    logs = [t.state.log_history[:-1] for t in trainers]
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
+        assert one["reward/greedy"] == pytest.approx(other["reward/greedy"])
+
+
+def test_accumulation_counts_only_queries_that_count(tmp_path):
+    """A step of two micro-batches, in one of which half of the queries are masked out, is a mean over what is left."""
+    model = bi_encoder(tmp_path / "model")
+    trainer = RankingTrainer(
+        model=model, args=config(tmp_path / "run", loss_type="list_net", k=None, max_steps=1), train_dataset=rows(4)
+    )
+    made = [{**r, "row": i} for i, r in enumerate(rows(4, documents=4))]
+    made[1]["gains"] = [0.0] * 4
+    micro = [trainer.collate(made[:2]), trainer.collate(made[2:])]
+    from negtune.trainers.ranking import _lists
+    from negtune.trainers.steps import tell_step_totals
+
+    tell_step_totals(trainer, micro, lambda batch: trainer.loss.counted(_lists(batch)).sum())
+    parts = [trainer.compute_loss(model, batch).item() / 2 for batch in micro]
+    whole = trainer.compute_loss(model, trainer.collate([made[0], made[2], made[3]])).item()
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_stream_trains_like_a_set(tmp_path):
+    data = rows(16, documents=5)
+    stream = IterableDataset.from_generator(lambda: iter(data))
+    loader = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "loss_type": "infonce"}
+    from_stream = train(static_encoder(), tmp_path / "stream", data=stream, **loader)
+    assert from_stream.state.global_step == 2
+    assert from_stream.state.log_history[0]["positive/score"]
+    ordered = train(static_encoder(), tmp_path / "set", data=Dataset.from_list(data[:8]), **{**loader, "max_steps": 1})
+    assert from_stream.state.log_history[0]["loss"] == pytest.approx(ordered.state.log_history[0]["loss"], rel=1e-5)
+
+
+RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, "scale": 10.0}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora):
+    """Draws go on where they were: dropout and rankings come from the saved random state."""
+    peft = LoraConfig(r=4, target_modules=["query", "value"]) if lora else None
+    whole = train(bi_encoder(tmp_path / "model", dropout=0.1), tmp_path / "run", peft_config=peft, **RESUMED)
+    again = RankingTrainer(
+        model=bi_encoder(tmp_path / "model", dropout=0.1),
+        args=config(tmp_path / "run", **RESUMED),
+        train_dataset=rows(64, documents=6, shorter=True),
+        peft_config=peft,
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_close(whole, again, atol=0, rtol=0)
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    ended = RankingTrainer(
+        model=bi_encoder(tmp_path / "model", dropout=0.1),
+        args=config(tmp_path / "run", **RESUMED),
+        train_dataset=rows(64, documents=6, shorter=True),
+        peft_config=peft,
+    )
+    ended.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert ended.state.global_step == 6
+    assert_close(whole, ended, atol=0, rtol=0)
+
+
+SCRIPT = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from accelerate import PartialState
+from peft import LoraConfig
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, rows
+
+out, batch, kind, cached = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+build = bi_encoder if kind != "cross" else cross_encoder
+model = build(out / ("model" + os.environ.get("LOCAL_RANK", "0"))).double()
+args = RankingConfig(
+    output_dir=str(out), per_device_train_batch_size=batch, max_steps=3, learning_rate=0.5, optim="sgd", k=3,
+    logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=3, loss_type="lambda_rank",
+    mini_batch_size=3 if cached == "cached" else None, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
+)
+trainer = RankingTrainer(
+    model=model, args=args, train_dataset=rows(32, documents=6, shorter=True), eval_dataset=rows(8, seed=5),
+    peft_config=LoraConfig(r=2, target_modules=["query", "value"]) if kind == "lora" else None,
+)
+trainer.train()
+metrics = trainer.evaluate()
+weights = sum(float(p.double().abs().sum()) for p in trainer.model.parameters() if p.requires_grad)
+if PartialState().is_main_process:
+    history = [r for r in trainer.state.log_history if "loss" in r]
+    json.dump({{"world": PartialState().num_processes, "history": history, "metrics": metrics, "weights": weights}},
+              open(out / "result.json", "w"))
+PartialState().destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("kind", "cached"), [("bi", "plain"), ("lora", "cached"), ("cross", "cached")])
+def test_two_processes_train_like_one(tmp_path, kind, cached):
+    from pathlib import Path
+
+    root = str(Path(__file__).resolve().parents[2])
+    found = []
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        script = SCRIPT.format(root=root)
+        run_script(script, tmp_path, out, batch, kind, cached, processes=processes, first_port=29900)
+        found.append(json.loads((out / "result.json").read_text()))
+    one, two = found
+    assert (one["world"], two["world"]) == (1, 2)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for name in ("loss", "reward/greedy", "positive/score", "negative/score"):
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), name
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
+    for name in ("eval_reward/greedy", "eval_positive/score"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_is_trained_and_it_loads_again(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = bi_encoder(tmp_path / "model")
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    peft = LoraConfig(r=4, target_modules=["query", "value"])
+    trainer = train(model, tmp_path / "run", peft_config=peft, max_steps=5, learning_rate=1e-2)
+    trained = weights(trainer)
+    assert trained and all("lora" in name for name in trained)
+    for name, p in trainer.model.named_parameters():
+        if "lora" not in name:
+            torch.testing.assert_close(p, frozen[name.replace(".base_layer", "")], atol=0, rtol=0)
+    trainer.save_model(str(tmp_path / "saved"))
+    texts = [row["query"] for row in rows(4)]
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(again.encode(texts, convert_to_tensor=True), trainer.model.encode(texts, convert_to_tensor=True))
+
+
+def test_the_card_names_the_objective_and_redaction_keeps_texts_out(tmp_path):
+    data = rows(8, documents=4)
+    for redact in (False, True):
+        trainer = train(static_encoder(), tmp_path / "run", data=data, max_steps=1, redact=redact)
+        trainer.save_model(str(tmp_path / f"saved{redact}"))
+        card = (tmp_path / f"saved{redact}" / "README.md").read_text()
+        if not redact:
+            assert "RankingLoss" in card
+            assert "2310.04407" in card
+        else:
+            assert not any(text in card for row in data for text in [row["query"], *row["documents"]])
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------------
+
+
+def broken(**columns):
+    made = rows(3, documents=4)
+    made[1].update(columns)
+    return made
+
+
+GOOD = rows(3, documents=4)[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "train set is missing"),
+        ([], "train set is empty"),
+        (broken(query=""), r"train row 1 \(query q1\): query must be a text"),
+        (broken(documents="w1"), r"\(query q1\): documents must be a list of texts"),
+        (broken(documents=["w1", "w2", "w3", " "]), r"\(query q1\): document 3 is no text or empty"),
+        (broken(documents=["w1", "w2", "w1", "w4"]), r"\(query q1\): documents 0 and 2 are the same text"),
+        (broken(gains=[1.0, 0.0]), r"\(query q1\): 4 documents and 2 gains"),
+        (broken(gains=[1.0, 0.0, math.nan, 0.0]), r"\(query q1\): gains\[2\] is nan"),
+        (broken(gains=[1.0, 0.0, -1.0, 0.0]), r"\(query q1\): gains must not be negative"),
+        (broken(gains=None), r"\(query q1\): gains are missing"),
+        (broken(documents=["w1", "w2"], gains=[1.0, 0.0]), r"\(query q1\): k=3 is larger than its list of 2"),
+        (broken(positives=["w9 w9"]), r"\(query q1\): its positive 'w9 w9' is not among its documents"),
+        ([{**r, "gains": [0.0] * 4} for r in rows(2, documents=4)], "no train query has a relevant document"),
+    ],
+)
+def test_rows_are_refused_before_any_weight_moves(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=data).train()
+
+
+def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, caplog):
+    data = broken(gains=[0.0] * 4)
+    trainer = RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=data)
+    assert "train: 1 of 3 queries have no relevant document and are left out" in caplog.text
+    assert len(trainer.train_dataset) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "npo"}, "unknown loss_type 'npo'"),
+        ({"estimator": "pl_rank", "metric": "mrr"}, "use rtg_loo"),
+        ({"loss_type": "infonce"}, "infonce has no hyper-parameter 'k'"),
+        ({"loss_kwargs": {"k": 2}}, "k is given twice"),
+        ({"model_kind": "encoder"}, "model_kind must be one of auto"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be at least 1"),
+        ({"n_samples": 1, "estimator": "loo"}, "n_samples of at least 2"),
+    ],
+)
+def test_settings_are_refused_when_they_are_made(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    peft = LoraConfig(r=4, target_modules=["query"])
+    with pytest.raises(ValueError, match="needs a model with a transformer"):
+        RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=rows(4), peft_config=peft)
+    model = static_encoder()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameters that can be trained"):
+        RankingTrainer(model=model, args=config(tmp_path), train_dataset=rows(4))
+    with pytest.raises(ValueError, match="model must be a SentenceTransformer"):
+        RankingTrainer(model=torch.nn.Linear(2, 2), args=config(tmp_path), train_dataset=rows(4))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(tmp_path):
+    from negtune.trainers.steps import NonFiniteLossError
+
+    objective = partial(lambda scores, gains, mask: scores.sum(-1) * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 0"):
+        train(static_encoder(), tmp_path, max_steps=1, objective=objective)
+    (file,) = tmp_path.glob("nonfinite_step0_rank0.json")
+    assert len(json.loads(file.read_text())["rows"]["queries"]) == 8

@@ -84,6 +84,11 @@ def stream_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
                 )
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write one text file, atomically."""
+    _replace(Path(path), text)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write one JSON file, atomically."""
     _replace(Path(path), json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -17,7 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from jaxtyping import install_import_hook
 
 # not negtune.trainers: its configs change the types of host fields in __post_init__, as the host's own do
-CHECKED = ["ops", "losses", "metrics", "data", "models", "eval", "report"]
+CHECKED = ["ops", "losses", "metrics", "data", "models", "retrieval", "eval", "report"]
 install_import_hook([f"negtune.{name}" for name in CHECKED], "beartype.beartype")
 
 import numpy as np  # noqa: E402

@@ -1,1 +1,1 @@
-"""Encode, search, mine, and train retrievers and rerankers."""
+"""Search: texts into vectors, vectors into ranked documents, ranked documents into lists to train on."""

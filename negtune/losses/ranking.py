@@ -60,9 +60,9 @@ def pg_rank(
         estimator: `pl_rank`: the analytic expectation over the document at each place, for metrics that are sums over
             documents; `rtg_loo`: what is earned from a place on, minus the mean of the other samples; `loo`: what the
             whole ranking earns, minus the mean of the others; `reinforce`: without a baseline. Default: `pl_rank`,
-            for `mrr` `rtg_loo`, for a `reward_fn` `loo`. Leave-one-out *raises* the variance where most rankings earn
+            for `mrr` and `map` `rtg_loo`, for a `reward_fn` `loo`. Leave-one-out *raises* the variance where most rankings earn
             nothing (one relevant document among hundreds).
-        metric: ndcg, dcg, precision, recall or mrr, of the first k.
+        metric: ndcg, dcg, precision, recall, mrr or map, of the first k.
         gain: of a grade g, g or 2^g - 1: take what the evaluation takes.
         reward_fn: black box instead of the metric, `rankings [N Q k] -> rewards [N Q]`; NaN is unscored and has no
             part in anything.

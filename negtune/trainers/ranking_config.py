@@ -49,7 +49,7 @@ class RankingConfig(BaseTrainingArguments):
     estimator: str | None = field(
         default=None, metadata={"help": "Of pg_rank: pl_rank, pl_rank_loo, rtg_loo, loo or reinforce."}
     )
-    metric: str | None = field(default=None, metadata={"help": "Of pg_rank: ndcg, dcg, precision, recall or mrr."})
+    metric: str | None = field(default=None, metadata={"help": "Of pg_rank: ndcg, dcg, precision, recall, mrr or map."})
     gain: str | None = field(default=None, metadata={"help": "Of a grade: linear or exponential."})
     temperature: float | None = field(default=None, metadata={"help": "Scores are divided by it."})
     entropy_weight: float | None = field(default=None, metadata={"help": "Bonus for entropy, of pg_rank."})

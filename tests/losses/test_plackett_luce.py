@@ -88,7 +88,7 @@ def test_one_sample_estimators_are_exact_in_expectation(monkeypatch, estimator, 
 
 @pytest.mark.parametrize(
     ("estimator", "metric"),
-    [("loo", "ndcg"), ("loo", "mrr"), ("rtg_loo", "ndcg"), ("rtg_loo", "mrr"), ("pl_rank_loo", "ndcg")],
+    [("loo", "ndcg"), ("loo", "mrr"), ("rtg_loo", "ndcg"), ("rtg_loo", "mrr"), ("rtg_loo", "map"), ("pl_rank_loo", "ndcg")],
 )
 def test_leave_one_out_is_unbiased_over_all_pairs_of_samples(monkeypatch, estimator, metric):
     both, chance = pairs()

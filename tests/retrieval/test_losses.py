@@ -366,7 +366,7 @@ def test_a_uniform_and_a_certain_policy_are_told_of_once(tmp_path):
         ({"k": 0}, "got k=0"),
         ({"k": "ten"}, "wrong type"),
         ({"estimator": "ppo"}, "unknown estimator"),
-        ({"metric": "map"}, "map"),
+        ({"metric": "err"}, "unknown metric 'err'; choose one of"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"loss_type": "lambda_rank", "scheme": "no"}, "unknown scheme"),

@@ -1,6 +1,9 @@
+import itertools
+
+import numpy as np
 import pytest
 
-from negtune.metrics.stats import bootstrap_interval, mean_interval, paired_difference
+from negtune.metrics.stats import bootstrap_interval, mean_interval, paired_difference, permutation_test
 
 
 def test_interval_of_three_runs_by_hand():
@@ -39,3 +42,44 @@ def test_a_paired_difference_is_ours_minus_theirs_of_the_same_units():
     assert paired_difference(theirs, ours)[0] == pytest.approx(-difference)
     with pytest.raises(ValueError, match="shorter"):
         paired_difference([0.1, 0.2], [0.1])
+
+
+def test_permutation_test_by_hand():
+    # signs of 1, 2, 3: sums +-6, +-4, +-2, 0, 0; at least as far as 6: 2 of 8, as 1 + 2 - 3 = 0: all
+    assert permutation_test([1.0, 2.0, 3.0]) == 2 / 8
+    assert permutation_test([-1.0, -2.0, -3.0]) == 2 / 8
+    assert permutation_test([1.0, 2.0, -3.0]) == 1
+    assert permutation_test([-1.0, 2.0, 3.0]) == 4 / 8
+    assert permutation_test([0.5]) == 1
+    assert permutation_test([0.0] * 20) == 1
+
+
+@pytest.mark.parametrize("n", [4, 12, 13])
+def test_permutation_test_agrees_with_going_through_all_signs(n):
+    differences = np.random.default_rng(n).normal(0.4, 1.0, n)
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product([1, -1], repeat=n)]
+    exact = np.mean([s >= abs(differences.sum()) - 1e-9 for s in sums])
+    # 13 units are drawn: 4 standard errors of 10,000 draws at p <= 1/2 are .02
+    assert permutation_test(differences) == pytest.approx(exact, abs=1e-12 if n <= 12 else 0.02)
+
+
+def test_rounding_does_not_split_equal_sums():
+    # sums are +-.1, +-.3, +-.5, none nearer to 0 than the one observed; but .1 + .2 - .2 > .1 in floating point
+    assert permutation_test([0.1, 0.2, -0.2]) == 1
+
+
+def test_permutation_test_of_many_units_is_never_zero_and_repeats():
+    assert permutation_test([1.0] * 40, resamples=99) == 1 / 100
+    differences = np.random.default_rng(0).normal(0.1, 1.0, 50)
+    assert permutation_test(differences, seed=1) == permutation_test(differences, seed=1)
+    assert permutation_test(differences, seed=1) != permutation_test(differences, seed=2)
+
+
+@pytest.mark.parametrize("differences", [[], [[1.0, 2.0]], [1.0, float("nan")]])
+def test_permutation_test_refuses_what_it_cannot_test(differences):
+    with pytest.raises(ValueError, match="a permutation test needs"):
+        permutation_test(differences)
+
+
+def test_permutation_test_draws_as_often_as_asked_where_units_are_many():
+    assert permutation_test([0.0] * 5000, resamples=2000) == 1  # 2000 of 2000 are as far as 0, in blocks of 838

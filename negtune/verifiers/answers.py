@@ -33,7 +33,7 @@ def find_answer(text: str, mode: Mode = "auto") -> str | None:
             first of these that is there: `\\boxed{}`, `#### answer`, "the answer is", a bold text, a text of one line,
             the last number of a last sentence that denies nothing.
     """
-    text = _after_thinking(text).strip()
+    text = _committed(text).strip()
     if mode == "choice":
         return _choice(text)
     if mode == "last_number":
@@ -50,7 +50,7 @@ def find_answer(text: str, mode: Mode = "auto") -> str | None:
 
 def find_word(text: str, words: Sequence[str]) -> str | None:
     """Which one of a few words (yes and no) `text` commits to: where an answer is stated, else in all of it."""
-    text = _after_thinking(text)
+    text = _committed(text)
     for part in (*_boxed(text)[-1:], _stated(text) or "", text):
         found = {word for word in words if re.search(rf"\b{word}\b", part, re.I)}
         if found:
@@ -66,13 +66,29 @@ def find_gold(text: str) -> str:
     return _hashes(text) or text.strip()
 
 
-def _after_thinking(text: str) -> str:
-    """What follows the reasoning; inside <answer> tags, if there is exactly one filled pair."""
+def after_thinking(text: str) -> str:
+    """What follows the reasoning: nothing, if that does not end."""
     if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
-        return ""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE)
+        return text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
+def answer_blocks(text: str) -> list[str]:
+    """What stands between each `<answer>` and the next `</answer>`, in one pass however many are never closed."""
+    blocks, start = [], None
+    for tag in re.finditer(r"<(/?)answer>", text, re.IGNORECASE):
+        if not tag[1]:
+            start = tag.end() if start is None else start
+        elif start is not None:
+            blocks.append(text[start : tag.start()])
+            start = None
+    return blocks
+
+
+def _committed(text: str) -> str:
+    """What follows the reasoning; inside <answer> tags, if all pairs of them hold the same."""
+    text = after_thinking(text)
+    tagged = answer_blocks(text)
     if tagged:
         return tagged[0] if len({_canonical(t) for t in tagged}) == 1 else ""
     return text

@@ -127,10 +127,19 @@ def loss_part(args: argparse.Namespace) -> list[dict[str, Any]]:
     ms = {name: 1e3 * value for name, value in seconds.items()}
     shape = f"{args.queries} x {args.documents}, N={args.samples}"
     peers = [
-        row(f"pl_rank against numpy, {shape}", ms["pl_rank"], ms["numpy, a sample at a time"], "ms", 10, difference=agree),
+        row(
+            f"pl_rank against numpy, {shape}",
+            ms["pl_rank"],
+            ms["numpy, a sample at a time"],
+            "ms",
+            10,
+            difference=agree,
+        ),
         row(f"pl_rank against a plain loop, {shape}", ms["pl_rank"], ms["Python loop (one query, times Q)"], "ms"),
     ]
-    others = [name for name in ms if name not in ("pl_rank", "numpy, a sample at a time", "Python loop (one query, times Q)")]
+    others = [
+        name for name in ms if name not in ("pl_rank", "numpy, a sample at a time", "Python loop (one query, times Q)")
+    ]
     return peers + [row(f"{name}, {shape}", ms[name], None, "ms") for name in others]
 
 
@@ -216,7 +225,12 @@ def search_one(args: argparse.Namespace) -> list[dict[str, Any]]:
     case = f"exact top {args.top} of {args.searched} queries among {args.corpus} x {args.width}"
     return [
         row(case, seconds, None, "s"),
-        row(f"{case}: peak memory beyond the start's", peak_rss_mib() - before, args.corpus * args.width * 4 / 2**20, "MiB"),
+        row(
+            f"{case}: peak memory beyond the start's",
+            peak_rss_mib() - before,
+            args.corpus * args.width * 4 / 2**20,
+            "MiB",
+        ),
     ]
 
 

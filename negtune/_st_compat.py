@@ -3,7 +3,7 @@ pins them.
 
 - `CachedLossMixin`: GradCache in two passes with replayed random states; `embed_minibatch` and `calculate_loss` are ours.
 - `embed_columns`: like-wide columns in one forward pass.
-- `BaseTrainer`, `BaseTrainingArguments`, `BaseModel`: what the trainers of its four kinds of model share.
+- `BaseTrainer`, `BaseTrainingArguments`, `BaseEvaluator`: what the trainers of its kinds of model share.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if not Version("6.2") <= Version(sentence_transformers.__version__) < Version("7
         f"{sentence_transformers.__version__}; run: pip install 'sentence-transformers>=6.2,<7'"
     )
 
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch, has_static_embedding_input
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.multi_vector_encoder.model import MultiVectorEncoder
@@ -35,7 +35,7 @@ from sentence_transformers.multi_vector_encoder.scoring import colbert_scores_pa
 create_minibatch = _create_minibatch
 
 __all__ = [
-    "BaseModel",
+    "BaseEvaluator",
     "BaseTrainer",
     "BaseTrainingArguments",
     "CachedLossMixin",

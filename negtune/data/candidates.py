@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def candidate_rows(
-    data: Any, *, name: str = "train", k: int | None = None, teacher: bool = False, scored: bool = False, keep: bool = False
+    data: Any,
+    *,
+    name: str = "train",
+    k: int | None = None,
+    teacher: bool = False,
+    scored: bool = False,
+    keep: bool = False,
 ) -> Any:
     """Checked rows, those that say nothing left out and counted.
 
@@ -59,9 +65,13 @@ def candidate_rows(
         raise RowError(f"the {name} set is empty; it needs at least one row")
     kept = [i for i, counted in enumerate(rows["counted"]) if counted]
     if len(kept) < len(rows):
-        logger.warning("%s: %d of %d queries have no relevant document and are left out", name, len(rows) - len(kept), len(rows))
+        logger.warning(
+            "%s: %d of %d queries have no relevant document and are left out", name, len(rows) - len(kept), len(rows)
+        )
     if not kept:
-        raise RowError(f"no {name} query has a relevant document (a gain above 0) in its list; mine with the positives added")
+        raise RowError(
+            f"no {name} query has a relevant document (a gain above 0) in its list; mine with the positives added"
+        )
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 

@@ -17,13 +17,16 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
-from negtune.eval import frontier, solving
+from negtune.eval import frontier, ranking, solving
 from negtune.eval.unlearning import Evaluation, better, evaluate
 from negtune.models.load import load_model
 from negtune.models.merge import merge_adapter
 from negtune.records import append_jsonl, write_json, write_jsonl
 
-PACKAGES = ("negtune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vllm")
+PACKAGES = (
+    *("negtune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vllm"),
+    "sentence-transformers",
+)
 PRIMARY = (
     "forget_quality",
     "forget_quality_log10",
@@ -53,8 +56,8 @@ class Run:
         arguments: settings to record; private text must not be among them.
         seed: of the run.
         redacted: whether texts were kept out.
-        task: `unlearning`, `solving` for arms with the metrics of `solve`, `preference` for those of `reward_and_kl`;
-            decides what the report asks.
+        task: `unlearning`, `solving` for arms with the metrics of `solve`, `preference` for those of `reward_and_kl`,
+            `ranking` for those of a retriever or reranker; decides what the report asks.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Run:
         *,
         seed: int,
         redacted: bool = False,
-        task: Literal["unlearning", "solving", "preference"] = "unlearning",
+        task: Literal["unlearning", "solving", "preference", "ranking"] = "unlearning",
         **words: Any,
     ) -> None:
         self.folder, self.started = Path(folder), time.time()
@@ -145,7 +148,11 @@ class Run:
     def write(self) -> None:
         """Write `run.json` and `metrics.json`."""
         names = dict.fromkeys(name for arm in self.arms.values() for name in arm)
-        kinds = {"solving": (solving.better, solving.primary), "preference": (frontier.better, frontier.primary)}
+        kinds = {
+            "solving": (solving.better, solving.primary),
+            "preference": (frontier.better, frontier.primary),
+            "ranking": (ranking.better, ranking.primary),
+        }
         direction, choose = kinds.get(self.record["task"], (better, _primary))
         directions = {name: direction(name) for name in names if direction(name)}
         primary = choose(names)

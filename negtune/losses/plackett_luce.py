@@ -112,44 +112,34 @@ def policy_gradient(
     logits = _wide(scores) / temperature
     if bool((logits.detach().isnan() & mask).any()):
         row = int((logits.detach().isnan() & mask).any(-1).nonzero()[0])
-        raise ValueError(f"the scores of list {row} of the batch have NaN; the model has diverged, or its input was bad")
+        raise ValueError(
+            f"the scores of list {row} of the batch have NaN; the model has diverged, or its input was bad"
+        )
     with torch.no_grad():
         policy = logits.detach().masked_fill(~mask, -torch.inf)
         drawn = _Drawn(policy, mask, sample_rankings(policy, mask, n_samples, k=k, generator=generator))
-        gains = _gains(gains, mask, gain).to(drawn.dtype)
-        if reward_fn is None:
-            judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
-            ideal = ideal_value(judged.to(drawn.dtype), metric, k)
-            places = place_rewards(gains.expand(n_samples, -1, -1).gather(-1, drawn.rankings), metric, ideal)
-            rewards = places.sum(-1)
-            best = rank_documents(policy, mask, gains, "worst")[..., :k]
-            greedy = place_rewards(gains.gather(-1, best), metric, ideal).sum(-1)
-        else:
-            places, greedy = None, None
-            rewards = _scored_by(reward_fn, drawn)
-        if estimator in ("pl_rank", "pl_rank_loo"):
-            units = place_rewards(gains.T.unsqueeze(-1), metric, ideal).squeeze(-1).T
-            weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
-            gradients = (_pl_rank if estimator == "pl_rank" else _pl_rank_loo)(drawn, weights, units, places)
-        else:
-            gradients = drawn.push(_credit(estimator, rewards, places, drawn.real))
-        scored = ~rewards.isnan()
-        count = scored.sum(0)
+        earned = (
+            _by_metric(drawn, policy, mask, gains, ideal_gains, metric, gain)
+            if reward_fn is None
+            else _by_function(drawn, reward_fn)
+        )
+        gradients = _gradients(estimator, drawn, earned)
+        count = (~earned.rewards.isnan()).sum(0)
         gradient = gradients.sum(0) / count.clamp(min=1).unsqueeze(-1)
-        mean_reward = rewards.nan_to_num(0.0).sum(0) / count.clamp(min=1)
-        spread = gradients.square().sum((0, -1)) - count * gradient.square().sum(-1)
-        first = policy.log_softmax(-1).masked_fill(~mask, 0.0)
-        entropy = -(first.exp().masked_fill(~mask, 0.0) * first).sum(-1)
-    surrogate = (logits.masked_fill(~mask, 0.0) * gradient.to(logits.dtype)).sum(-1)
+        spread = (gradients.square().sum((0, -1)) - count * gradient.square().sum(-1)).clamp(min=0)
+        mean_reward = earned.rewards.nan_to_num(0.0).sum(0) / count.clamp(min=1)
+        entropy = first_place_entropy(policy, mask)
+    gradient = gradient.to(logits.dtype)
+    surrogate = (logits.masked_fill(~mask, 0.0) * gradient).sum(-1)
     return PolicyGradient(
         loss=-(mean_reward.to(logits.dtype) + surrogate - surrogate.detach()),
-        rewards=rewards.to(logits.dtype),
-        greedy=None if greedy is None else greedy.to(logits.dtype),
+        rewards=earned.rewards.to(logits.dtype),
+        greedy=None if earned.greedy is None else earned.greedy.to(logits.dtype),
         entropy=entropy,
         log_lengths=mask.sum(-1).clamp(min=1).to(logits.dtype).log(),
-        flat=_flat(rewards),
-        variance=(spread.clamp(min=0) / (count * (count - 1))).to(logits.dtype),
-        gradient=gradient.to(logits.dtype),
+        flat=_flat(earned.rewards),
+        variance=(spread / (count * (count - 1))).to(logits.dtype),
+        gradient=gradient,
     )
 
 
@@ -162,7 +152,11 @@ def first_place_entropy(
 
 
 def first_place_kl(
-    scores: Float[Tensor, "Q D"], ref_scores: Float[Tensor, "Q D"], mask: Bool[Tensor, "Q D"], *, temperature: float = 1.0
+    scores: Float[Tensor, "Q D"],
+    ref_scores: Float[Tensor, "Q D"],
+    mask: Bool[Tensor, "Q D"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[Tensor, " Q"]:
     """KL(policy || reference) of the document that is drawn first, in nats; 0 for an empty list."""
     logps, ref_logps = _first_place(scores, mask, temperature), _first_place(ref_scores.detach(), mask, temperature)
@@ -210,63 +204,119 @@ class _Drawn:
         return self.placed * sums, self.unplaced * sums[..., -1:]
 
 
-def _credit(estimator: Estimator, rewards: Tensor, places: Tensor | None, real: Tensor) -> Tensor:
-    """What each place of each sample is held responsible for, [N Q k]; nothing on padding and unscored samples."""
-    if estimator == "rtg_loo":
-        assert places is not None
-        to_go = _Drawn.to_go(places)
-        credit = to_go - (to_go.sum(0) - to_go) / (len(to_go) - 1)
-    elif estimator == "loo":
-        scored = ~rewards.isnan()
-        known = rewards.masked_fill(~scored, 0.0)
-        others = (scored.sum(0) - 1).clamp(min=1)
-        advantages = known - (known.sum(0) - known) / others
-        credit = advantages.masked_fill(~scored | (scored.sum(0) < 2), 0.0).unsqueeze(-1).expand_as(real)
-    else:
-        credit = rewards.nan_to_num(0.0).unsqueeze(-1).expand_as(real)
-    return credit.masked_fill(~real, 0.0)
-
-
-def _pl_rank(drawn: _Drawn, weights: Tensor, units: Tensor, places: Tensor) -> Tensor:
-    """PL-Rank (Oosterhuis, SIGIR 2021 and 2022): `[N Q D]`, for the document at place m of a sample
-
-    sum_{j=m+1..k} w_j rho_{r_j} + sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i rho_m - sum_{j=i..k} w_j rho_{r_j})
+@dataclass(frozen=True)
+class _Earned:
+    """What sampled rankings earn.
 
     Args:
-        drawn: the samples.
-        weights: w `[k]`.
-        units: rho `[Q D]`.
-        places: w_j rho_{r_j} `[N Q k]`.
+        rewards: of each `[N Q]`, NaN where not scored.
+        greedy: of the ranking by score `[Q]`.
+        places: what each place adds `[N Q k]`.
+        weights, units: of an additive metric: w `[k]` and rho `[Q D]`, so that a document adds w_j rho_d at place j.
     """
-    to_go = drawn.to_go(places)
-    (weight_placed, weight), (lost_placed, lost) = drawn.shares(weights.expand_as(places)), drawn.shares(to_go)
-    placed_units = units.expand_as(weight).gather(-1, drawn.rankings)
-    at_place = (to_go - places).masked_fill(~drawn.real, 0.0) + placed_units * weight_placed - lost_placed
-    return (units * weight - lost).scatter_(-1, drawn.rankings, at_place)
+
+    rewards: Tensor
+    greedy: Tensor | None = None
+    places: Tensor | None = None
+    weights: Tensor | None = None
+    units: Tensor | None = None
 
 
-def _pl_rank_loo(drawn: _Drawn, weights: Tensor, units: Tensor, places: Tensor) -> Tensor:
+def _by_metric(
+    drawn: _Drawn, policy: Tensor, mask: Tensor, gains: Tensor, ideal_gains: Tensor | None, metric: str, gain: str
+) -> _Earned:
+    k, gains = drawn.rankings.shape[-1], _gains(gains, mask, gain).to(drawn.dtype)
+    judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
+    ideal = ideal_value(judged.to(drawn.dtype), metric, k)
+    places = place_rewards(gains.expand_as(drawn.unplaced).gather(-1, drawn.rankings), metric, ideal)
+    best = rank_documents(policy, mask, gains, "worst")[..., :k]
+    greedy = place_rewards(gains.gather(-1, best), metric, ideal).sum(-1)
+    if metric not in ADDITIVE:
+        return _Earned(places.sum(-1), greedy, places)
+    weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
+    units = place_rewards(gains.T.unsqueeze(-1), metric, ideal).squeeze(-1).T
+    return _Earned(places.sum(-1), greedy, places, weights, units)
+
+
+def _by_function(drawn: _Drawn, reward_fn: RewardFunction) -> _Earned:
+    rewards = torch.as_tensor(reward_fn(drawn.rankings), dtype=drawn.dtype, device=drawn.rankings.device)
+    if rewards.shape != drawn.rankings.shape[:2]:
+        raise ValueError(
+            "reward_fn must return one reward for each ranking of each query, "
+            f"{tuple(drawn.rankings.shape[:2])}, got {tuple(rewards.shape)}"
+        )
+    return _Earned(rewards.masked_fill(rewards.isinf(), torch.nan))
+
+
+def _gradients(estimator: str, drawn: _Drawn, earned: _Earned) -> Tensor:
+    """Of each sample `[N Q D]`; zeros where it is not scored."""
+    if estimator == "pl_rank":
+        return _pl_rank(drawn, earned)
+    if estimator == "pl_rank_loo":
+        return _pl_rank_loo(drawn, earned)
+    if estimator == "rtg_loo":
+        assert earned.places is not None
+        credit = _minus_others(_Drawn.to_go(earned.places))
+    else:
+        scored = ~earned.rewards.isnan()
+        known = earned.rewards.masked_fill(~scored, 0.0)
+        if estimator == "loo":
+            others = (scored.sum(0) - 1).clamp(min=1)
+            known = (known - (known.sum(0) - known) / others).masked_fill(~scored | (scored.sum(0) < 2), 0.0)
+        credit = known.unsqueeze(-1).expand_as(drawn.placed)
+    return drawn.push(credit.masked_fill(~drawn.real, 0.0))
+
+
+def _minus_others(values: Tensor) -> Tensor:
+    """Of each sample minus the mean of the others, along the first axis."""
+    return values - (values.sum(0) - values) / (len(values) - 1)
+
+
+def _pl_rank(drawn: _Drawn, earned: _Earned) -> Tensor:
+    """PL-Rank (Oosterhuis, SIGIR 2021 and 2022): for the document at place m of a sample
+
+    sum_{j=m+1..k} w_j rho_{r_j} + sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i rho_m - sum_{j=i..k} w_j rho_{r_j})
+    """
+    assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
+    to_go = drawn.to_go(earned.places)
+    gained_placed, gained = drawn.shares(earned.weights.expand_as(to_go))
+    lost_placed, lost = drawn.shares(to_go)
+    placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
+    behind = (to_go - earned.places).masked_fill(~drawn.real, 0.0)
+    gradients = earned.units * gained - lost
+    return gradients.scatter_(-1, drawn.rankings, behind + placed_units * gained_placed - lost_placed)
+
+
+def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> Tensor:
     """`_pl_rank` with what it leaves to the samples taken out: the expected reward of a place is computed instead of
-    drawn, and the rewards behind it are compared with those of the other samples. Arguments as there.
+    drawn, and the rewards behind it are compared with those of the other samples.
 
     sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i (rho_m - mu_i) - A_{i+1}) + A_{m+1}, where mu_i is the mean of rho over what
     is left at place i, weighted by e^s, and A_{i+1} what is earned behind place i minus the mean of the other samples.
     """
-    behind = drawn.to_go(places) - places
-    advantages = (behind - (behind.sum(0) - behind) / (len(behind) - 1)).masked_fill(~drawn.real, 0.0)
-    placed_units = units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
-    left = drawn.to_go(drawn.placed * placed_units) + (drawn.unplaced * units).sum(-1, keepdim=True)
+    assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
+    advantages = _minus_others(drawn.to_go(earned.places) - earned.places).masked_fill(~drawn.real, 0.0)
+    placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
+    left = drawn.to_go(drawn.placed * placed_units) + (drawn.unplaced * earned.units).sum(-1, keepdim=True)
     means = (left / drawn.rest).masked_fill(~drawn.real, 0.0)
-    weight_placed, weight = drawn.shares(weights.expand_as(places))
-    lost_placed, lost = drawn.shares(weights * means + advantages)
-    gradients = units * weight - lost
-    return gradients.scatter_(-1, drawn.rankings, placed_units * weight_placed - lost_placed + advantages)
+    gained_placed, gained = drawn.shares(earned.weights.expand_as(means))
+    lost_placed, lost = drawn.shares(earned.weights * means + advantages)
+    gradients = earned.units * gained - lost
+    return gradients.scatter_(-1, drawn.rankings, placed_units * gained_placed - lost_placed + advantages)
 
 
 # --- Checks and small things ------------------------------------------------------------------------------------------
 
 
-def _checked(scores, k, n_samples, estimator, metric, reward_fn, temperature) -> str:
+def _checked(
+    scores: Tensor,
+    k: int,
+    n_samples: int,
+    estimator: str | None,
+    metric: str,
+    reward_fn: RewardFunction | None,
+    temperature: float,
+) -> str:
     """The estimator; ValueError where the settings do not go together."""
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"need 1 <= k <= documents of a list, got k={k} and lists of {scores.shape[-1]}")
@@ -299,17 +349,6 @@ def _gains(gains: Tensor, mask: Tensor, gain: str) -> Tensor:
         raise ValueError(f"gain must be linear or exponential, got {gain!r}")
     gains = _wide(gains).masked_fill(~mask, 0.0).clamp(min=0)
     return exponential_gain(gains) if gain == "exponential" else gains
-
-
-def _scored_by(reward_fn: RewardFunction, drawn: _Drawn) -> Tensor:
-    rankings = drawn.rankings
-    rewards = torch.as_tensor(reward_fn(rankings), dtype=drawn.dtype, device=rankings.device)
-    if rewards.shape != rankings.shape[:2]:
-        raise ValueError(
-            f"reward_fn must return one reward for each ranking of each query, {tuple(rankings.shape[:2])}, got "
-            f"{tuple(rewards.shape)}"
-        )
-    return rewards.masked_fill(rewards.isinf(), torch.nan)
 
 
 def _flat(rewards: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A run folder, read and checked: all that a report knows.
 
 run.json      what was run, on what, how: title, recipe, objective, paper, data, model, artefact, arguments, seed,
-              versions, machine, git, started, seconds, peak_rss_mib, redacted, task (unlearning, solving or
-              preference), resumed_from (a checkpoint: `seconds` are those since then)
+              versions, machine, git, started, seconds, peak_rss_mib, redacted, task (unlearning, solving,
+              preference or ranking), resumed_from (a checkpoint: `seconds` are those since then)
 metrics.json  {"primary": [name], "better": {name: "lower" | "higher"}, "arms": {arm: {name: number | null}}}
 history.jsonl one object per logging step; evaluation rows carry names that start with `eval/`
 samples.jsonl {"side", "prompt", "gold", "answers": {arm: text}}; texts are null in a redacted run

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from negtune.report import preference, solving
+from negtune.report import preference, ranking, solving
 from negtune.report.folder import Metrics, RunFolder
 from negtune.report.tables import (
     Table,
@@ -114,7 +114,7 @@ def choose_pairs(samples: list[dict[str, Any]]) -> list[Pair]:
 
 def _words(folder: RunFolder) -> Any:
     """What asks and answers for a task that is not unlearning."""
-    return {"solving": solving, "preference": preference}.get(str(folder.run.get("task")))
+    return {"solving": solving, "preference": preference, "ranking": ranking}.get(str(folder.run.get("task")))
 
 
 def _answers(folder: RunFolder) -> list[tuple[str, list[str]]]:

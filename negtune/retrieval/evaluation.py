@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from negtune._st_compat import BaseEvaluator
 from negtune.data.retrieval import RetrievalTask, Run
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.records import write_json
-from negtune.retrieval.mining import DenseRetriever, rerank
+from negtune.retrieval.retrievers import DenseRetriever, rerank
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100")
 
@@ -58,7 +59,8 @@ def evaluate_reranking(
         run: the first stage.
         depth: documents to rerank; those behind are dropped.
     """
-    return evaluate_run(rerank(scorer(model, batch_size), task, run, depth=depth), task.qrels, metrics, **conventions)
+    reranked = rerank(scorer(model, batch_size), task, run, depth=depth, k=depth)
+    return evaluate_run(reranked, task.qrels, metrics, **conventions)
 
 
 def scorer(model: Any, batch_size: int = 64) -> Any:
@@ -86,7 +88,7 @@ def scorer(model: Any, batch_size: int = 64) -> Any:
     return score
 
 
-class RetrievalEvaluator:
+class RetrievalEvaluator(BaseEvaluator):
     """An evaluator for sentence-transformers' trainers and `RankingTrainer`: first-stage retrieval, graded.
 
     The host's `InformationRetrievalEvaluator` knows no grades, breaks ties by id upwards, and keeps no value per query.
@@ -106,12 +108,15 @@ class RetrievalEvaluator:
         batch_size: int = 64,
         **conventions: Any,
     ) -> None:
+        super().__init__()
         self.task, self.metrics = task, tuple(metrics)
         self.settings = {"depth": depth, "batch_size": batch_size, **conventions}
         self.primary_metric = self.metrics[0]
         self.last: RankingResult | None = None
 
-    def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> dict[str, float]:
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
         """Mean of each metric; `last` has them per query, and so has `retrieval_<steps>.json` in `output_path`."""
         self.last = evaluate_retrieval(model, self.task, metrics=self.metrics, **self.settings)
         if output_path is not None:

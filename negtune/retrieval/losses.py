@@ -171,7 +171,9 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     # --- from texts to scores -----------------------------------------------------------------------------------------
 
-    def forward(self, sentence_features: Any, labels: Any = None, prompt: str | None = None, task: str | None = None) -> Tensor:
+    def forward(
+        self, sentence_features: Any, labels: Any = None, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         features = list(sentence_features)
         if isinstance(labels, Lists):
             lists = labels
@@ -233,7 +235,10 @@ class RankingLoss(CachedLossMixin, nn.Module):
             return _wide(torch.cat(list(reps[0])))[lists.documents] * self.scale
         if self.kind == "multi_vector":
             return self._max_sim(reps, lists) * self.scale
-        queries, documents = _wide(torch.cat(list(reps[0]))), _wide(torch.cat([r for column in reps[1:] for r in column]))
+        queries, documents = (
+            _wide(torch.cat(list(reps[0]))),
+            _wide(torch.cat([r for column in reps[1:] for r in column])),
+        )
         if self.cosine:
             queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
         if lists.documents.shape[-1] >= len(documents):
@@ -261,7 +266,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     def _pairs(self, inputs: list[Any], labels: Any, prompt: str | None, task: str | None) -> tuple[list[Any], Lists]:
         queries, documents = inputs
-        if labels is None or len(labels) != len(queries) or isinstance(labels, Tensor) and labels.ndim != 2:
+        if labels is None or len(labels) != len(queries) or (isinstance(labels, Tensor) and labels.ndim != 2):
             raise ValueError("a cross-encoder needs label, a list of one gain for each document")
         for query, docs, row in zip(queries, documents, labels, strict=True):
             if len(docs) != len(row):
@@ -291,7 +296,9 @@ class RankingLoss(CachedLossMixin, nn.Module):
         shape = (len(gains), n_documents)
         everywhere = torch.arange(n_documents, device=gains.device).expand(shape)
         if lists.teacher is not None or lists.start is not None:
-            raise ValueError("in_batch has no teacher's scores, and none of the warm start, for documents of other queries")
+            raise ValueError(
+                "in_batch has no teacher's scores, and none of the warm start, for documents of other queries"
+            )
         return replace(lists, gains=gains[:, :-1], mask=present[:-1].expand(shape), documents=everywhere)
 
     # --- from scores to the loss --------------------------------------------------------------------------------------
@@ -453,7 +460,11 @@ def kind_of(model: nn.Module) -> str:
     """
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
-    for kind, cls in (("multi_vector", MultiVectorEncoder), ("cross_encoder", CrossEncoder), ("bi_encoder", SentenceTransformer)):
+    for kind, cls in (
+        ("multi_vector", MultiVectorEncoder),
+        ("cross_encoder", CrossEncoder),
+        ("bi_encoder", SentenceTransformer),
+    ):
         if isinstance(model, cls):
             return kind
     if hasattr(model, "num_labels") and hasattr(model, "preprocess"):
@@ -488,7 +499,9 @@ def known_settings(loss_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{loss_type} has no hyper-parameter {name!r}; it has {', '.join(names) or 'none'}")
     scores = torch.zeros(1, max(2, *(v for v in (given.get("k"),) if type(v) is int), 2))
     gains = torch.zeros_like(scores).index_fill(-1, torch.tensor([0]), 1.0)
-    more = {name: scores for name in ("teacher_scores", "ref_scores") if name in {p.name for p in parameters}}
+    more: dict[str, Any] = {
+        name: scores for name in ("teacher_scores", "ref_scores") if name in {p.name for p in parameters}
+    }
     if loss_type == "pg_rank":
         more |= {"generator": torch.Generator().manual_seed(0), "k": given.get("k", 2)}
     try:

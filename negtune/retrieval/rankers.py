@@ -9,9 +9,7 @@ from typing import Any
 
 from negtune.models.load import BUILT_IN, resolve
 
-INSTRUCTION = (
-    "Judge whether the document is relevant to the query. The answer can only be yes or no."
-)
+INSTRUCTION = "Judge whether the document is relevant to the query. The answer can only be yes or no."
 
 
 def load_ranker(
@@ -28,7 +26,7 @@ def load_ranker(
             `load_model` knows (`smollm2`, ...).
         kind: bi_encoder, cross_encoder, multi_vector, or causal_lm for `causal_reranker`.
         model_kwargs: of `from_pretrained`; `quantization_config` for QLoRA. Safetensors only.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run model code that comes with the checkpoint of a reranker.
 
     Raises:
         ValueError: no such kind.
@@ -43,7 +41,7 @@ def load_ranker(
     if kind == "bi_encoder":
         from negtune.retrieval.encoder import load_encoder
 
-        return load_encoder(str(name), model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
+        return load_encoder(str(name), model_kwargs=model_kwargs)
     classes = {"cross_encoder": CrossEncoder, "multi_vector": MultiVectorEncoder}
     if kind not in classes:
         raise ValueError(f"unknown kind of model {kind!r}; choose bi_encoder, cross_encoder, multi_vector or causal_lm")
@@ -82,7 +80,7 @@ def causal_reranker(
     from sentence_transformers.cross_encoder.modules import LogitScore
 
     folder = resolve(name)
-    arguments = {"use_safetensors": True, **({"dtype": "float32"} if not model_kwargs else model_kwargs)}
+    arguments = {"use_safetensors": True, **(model_kwargs if model_kwargs else {"dtype": "float32"})}
     transformer = Transformer(
         folder,
         transformer_task="text-generation",

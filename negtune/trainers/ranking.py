@@ -123,7 +123,11 @@ class RankingTrainer(BaseTrainer):
             evaluator=evaluator,
             data_collator=self.collate,
             processing_class=processing_class,
-            callbacks=[HistoryCallback(args.output_dir), SkipEmptySteps(lambda: self.step_is_empty), *(callbacks or [])],
+            callbacks=[
+                HistoryCallback(args.output_dir),
+                SkipEmptySteps(lambda: self.step_is_empty),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # what transformers below 5.19 reads for loss_is_scaled_for_ga
@@ -273,13 +277,19 @@ def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, pe
     kind_of(model)
     if peft_config is not None:
         if not model.has_peft_compatible_model():
-            raise ValueError("peft_config needs a model with a transformer, and this one has none; train all its weights")
+            raise ValueError(
+                "peft_config needs a model with a transformer, and this one has none; train all its weights"
+            )
         model.add_adapter(peft_config)
         if args.gradient_checkpointing:
             model.transformers_model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
-    quantised = bool(getattr(model.transformers_model, "is_quantized", False)) if hasattr(model, "transformers_model") else False
-    if not trained or quantised and peft_config is None and not _has_adapter(model):
+    quantised = (
+        bool(getattr(model.transformers_model, "is_quantized", False))
+        if hasattr(model, "transformers_model")
+        else False
+    )
+    if not trained or (quantised and peft_config is None and not _has_adapter(model)):
         raise ValueError(
             "the model has no parameters that can be trained"
             + ("; 4-bit and 8-bit weights need peft_config=LoraConfig(...)" if quantised else "")

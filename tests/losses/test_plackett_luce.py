@@ -62,7 +62,9 @@ def pairs():
     """All 120 x 120 pairs of rankings `[2 Q D]` and the probability of drawing each."""
     first, second = torch.meshgrid(torch.arange(120), torch.arange(120), indexing="ij")
     chance = probabilities(SCORES)
-    return torch.stack([ALL[first.flatten()], ALL[second.flatten()]]), chance[first.flatten()] * chance[second.flatten()]
+    return torch.stack([ALL[first.flatten()], ALL[second.flatten()]]), chance[first.flatten()] * chance[
+        second.flatten()
+    ]
 
 
 def test_probability_of_a_ranking_by_hand():
@@ -88,7 +90,14 @@ def test_one_sample_estimators_are_exact_in_expectation(monkeypatch, estimator, 
 
 @pytest.mark.parametrize(
     ("estimator", "metric"),
-    [("loo", "ndcg"), ("loo", "mrr"), ("rtg_loo", "ndcg"), ("rtg_loo", "mrr"), ("rtg_loo", "map"), ("pl_rank_loo", "ndcg")],
+    [
+        ("loo", "ndcg"),
+        ("loo", "mrr"),
+        ("rtg_loo", "ndcg"),
+        ("rtg_loo", "mrr"),
+        ("rtg_loo", "map"),
+        ("pl_rank_loo", "ndcg"),
+    ],
 )
 def test_leave_one_out_is_unbiased_over_all_pairs_of_samples(monkeypatch, estimator, metric):
     both, chance = pairs()

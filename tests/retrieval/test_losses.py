@@ -200,7 +200,10 @@ def test_matryoshka_sums_the_loss_over_widths(tmp_path, cached):
         return [model.preprocess([row[name] for row in table]) for name in names]
 
     wrapped = MatryoshkaLoss(
-        model, RankingLoss(model, "lambda_rank", k=3, mini_batch_size=cached), matryoshka_dims=[32, 8], matryoshka_weights=[1, 0.5]
+        model,
+        RankingLoss(model, "lambda_rank", k=3, mini_batch_size=cached),
+        matryoshka_dims=[32, 8],
+        matryoshka_weights=[1, 0.5],
     )
     found = wrapped(features(), labels)
     found.backward()
@@ -262,7 +265,9 @@ def test_in_batch_the_documents_of_others_are_candidates_without_gain(tmp_path):
     texts = list(dict.fromkeys(d for row in made for d in row["documents"]))
     queries = model.encode([row["query"] for row in made], convert_to_tensor=True)
     documents = model.encode(texts, convert_to_tensor=True)
-    gains = torch.tensor([[dict(zip(r["documents"], r["gains"], strict=True)).get(t, 0.0) for t in texts] for r in made])
+    gains = torch.tensor(
+        [[dict(zip(r["documents"], r["gains"], strict=True)).get(t, 0.0) for t in texts] for r in made]
+    )
     expected = infonce(5 * model.similarity(queries, documents), gains, gains >= 0).mean()
     torch.testing.assert_close(found, expected)
 

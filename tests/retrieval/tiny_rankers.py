@@ -40,8 +40,8 @@ def bert_folder(folder: Path, *, labels: int | None = None, dropout: float = 0.0
 
 def bi_encoder(folder: Path, dropout: float = 0.0):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
     from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     transformer = Transformer(str(bert_folder(folder, dropout=dropout)))
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")

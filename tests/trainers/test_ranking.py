@@ -82,9 +82,7 @@ def test_a_causal_lm_learns_to_say_yes_to_relevant_documents(tmp_path):
     from negtune.retrieval.rankers import causal_reranker
 
     model = causal_reranker("tiny", instruction="relevant?", yes="a", no="b", max_length=128)
-    made = [
-        {"query": f"{i}", "documents": [f"{i}", "none", "other"], "gains": [1.0, 0.0, 0.0]} for i in (1, 2, 3, 4)
-    ]
+    made = [{"query": f"{i}", "documents": [f"{i}", "none", "other"], "gains": [1.0, 0.0, 0.0]} for i in (1, 2, 3, 4)]
     settings = {"max_steps": 25, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "k": 1, "metric": "precision"}
     trainer = RankingTrainer(model=model, args=config(tmp_path, **settings), train_dataset=made, eval_dataset=made)
     before = trainer.evaluate()
@@ -96,15 +94,15 @@ def test_a_causal_lm_learns_to_say_yes_to_relevant_documents(tmp_path):
 
 def test_a_black_box_reward_is_climbed(tmp_path):
     """Rewarded: that the shortest document comes first. No gains are given, and some rankings cannot be scored."""
-    made = [
-        {"query": row["query"], "documents": row["documents"][:3] + ["w7"], "wanted": "w7"} for row in rows(32)
-    ]
+    made = [{"query": row["query"], "documents": [*row["documents"][:3], "w7"], "wanted": "w7"} for row in rows(32)]
     seen = []
 
     def reward(queries, rankings, wanted, documents, **columns):
         seen.append((queries[0], rankings[0], sorted(columns)))
         assert all(set(r) <= set(d) for r, d in zip(rankings, documents, strict=True))
-        return [None if r[0] == made[0]["documents"][0] else float(r[0] == w) for r, w in zip(rankings, wanted, strict=True)]
+        return [
+            None if r[0] == made[0]["documents"][0] else float(r[0] == w) for r, w in zip(rankings, wanted, strict=True)
+        ]
 
     settings = {"max_steps": 30, "learning_rate": 3e-3, "k": 2, "scale": 10.0}
     trainer = train(bi_encoder(tmp_path / "model"), tmp_path / "run", data=made, reward_fn=reward, **settings)
@@ -131,9 +129,19 @@ def test_an_objective_of_ones_own(tmp_path):
 
     trainers = [
         train(static_encoder(), tmp_path / "run", max_steps=2, objective=doubled, optim="sgd", learning_rate=0.1),
-        train(static_encoder(), tmp_path / "run", max_steps=2, loss_type="infonce", optim="sgd", learning_rate=0.2, max_grad_norm=0.0),
+        train(
+            static_encoder(),
+            tmp_path / "run",
+            max_steps=2,
+            loss_type="infonce",
+            optim="sgd",
+            learning_rate=0.2,
+            max_grad_norm=0.0,
+        ),
     ]
-    assert trainers[0].state.log_history[0]["loss"] == pytest.approx(2 * trainers[1].state.log_history[0]["loss"], rel=1e-4)
+    assert trainers[0].state.log_history[0]["loss"] == pytest.approx(
+        2 * trainers[1].state.log_history[0]["loss"], rel=1e-4
+    )
 
 
 # --- Invariance -------------------------------------------------------------------------------------------------------
@@ -288,14 +296,17 @@ def test_only_the_adapter_is_trained_and_it_loads_again(tmp_path):
     peft = LoraConfig(r=4, target_modules=["query", "value"])
     trainer = train(model, tmp_path / "run", peft_config=peft, max_steps=5, learning_rate=1e-2)
     trained = weights(trainer)
-    assert trained and all("lora" in name for name in trained)
+    assert trained
+    assert all("lora" in name for name in trained)
     for name, p in trainer.model.named_parameters():
         if "lora" not in name:
             torch.testing.assert_close(p, frozen[name.replace(".base_layer", "")], atol=0, rtol=0)
     trainer.save_model(str(tmp_path / "saved"))
     texts = [row["query"] for row in rows(4)]
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    torch.testing.assert_close(again.encode(texts, convert_to_tensor=True), trainer.model.encode(texts, convert_to_tensor=True))
+    torch.testing.assert_close(
+        again.encode(texts, convert_to_tensor=True), trainer.model.encode(texts, convert_to_tensor=True)
+    )
 
 
 def test_the_card_names_the_objective_and_redaction_keeps_texts_out(tmp_path):

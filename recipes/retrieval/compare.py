@@ -1,0 +1,260 @@
+"""Ways to train one retriever on the same lists, compared fairly: contrastive, listwise, and policy gradients.
+
+Paper       Policy-Gradient Training of Language Models for Ranking, https://arxiv.org/abs/2310.04407
+Data        A folder in BEIR's layout or a Hub id (--data); left out: made up. Split by query.
+Controls    The same start, training queries, mined lists, queries a step and steps for all arms; the rate swept per arm
+            with the same budget on held-out training queries; doing nothing and sentence-transformers' own loss in the
+            table; fresh seeds; a paired permutation test over queries. InfoNCE "in batch" sees one relevant document a
+            query and no mined list, which is what that loss is.
+Figures     ndcg@10, mrr@10, recall@100: search of the whole corpus. rerank/: BM25's first hundred, reranked.
+            guaranteed/: the same lists with all relevant documents put in, as reranking papers report; not comparable.
+Expected    The paper claims gains where training and evaluation are the same thing, and none for first-stage search.
+Measured    recipes/LOG.md
+
+    python recipes/retrieval/compare.py --data FOLDER --train_split train --output_dir runs/scifact --workers 2
+
+A comparison that was stopped goes on where it was; --smoke runs all arms on made-up data in a minute.
+"""
+
+import argparse
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from search_task import Measured, Split, Start, bm25_run, measured, mined, read_task
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers.trainer_callback import PrinterCallback
+
+from negtune.cli.recipe import run_recipe
+from negtune.data.retrieval import RetrievalTask, split_queries
+from negtune.eval.compare import DO_NOTHING, Arm, Comparison, compare
+from negtune.metrics.stats import paired_difference, permutation_test
+from negtune.records import read_json, write_json
+from negtune.retrieval.mining import CandidateList, to_rows
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from negtune.trainers.steps import NonFiniteLossError
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument(
+    "--grid", type=Path, default=Path(__file__).with_suffix(".yaml"), help="YAML file; see compare.yaml"
+)
+parser.add_argument("--output_dir", type=Path, required=True)
+parser.add_argument("--data", help="folder in BEIR's layout, or a Hub id; instead of the file's")
+parser.add_argument("--train_split", help="judgements to train on; instead of the file's")
+parser.add_argument("--encoder", help="wordllama, minilm, a folder or a Hub id; instead of the file's")
+parser.add_argument("--arms", nargs="+", help="of the file's only these")
+parser.add_argument("--rates", type=float, nargs="+", help="learning rates to sweep, instead of the file's")
+parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+parser.add_argument("--steps", type=int, help="instead of the file's")
+parser.add_argument("--max_length", type=int, help="tokens of a text; instead of the file's")
+parser.add_argument("--baseline", default="InfoNCE, mined + in batch", help="arm that the others are tested against")
+parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
+parser.add_argument("--smoke", action="store_true")
+
+SHARED = ("per_device_train_batch_size", "max_steps", "learning_rate", "seed", "output_dir", "max_length")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file; see compare.yaml."""
+
+    arms: dict[str, dict[str, Any]]
+    encoder: str = "wordllama"
+    data: str | None = None
+    train_split: str | None = None
+    test_share: float = 0.5
+    n_documents: int = 16
+    steps: int = 100
+    batch: int = 16
+    max_length: int | None = None
+    rates: list[float] = field(default_factory=lambda: [1e-2])
+    sweep_seed: int = 0
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+    def __post_init__(self) -> None:
+        for name in ("n_documents", "steps", "batch"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        for name, arm in self.arms.items():
+            if not isinstance(arm, dict) or arm.get("trainer") not in ("mnrl", "ranking"):
+                raise ValueError(f"arm {name!r} needs trainer: mnrl or ranking, and settings")
+            self.config(name, 1e-3, 0, Path("runs"))
+
+    def config(self, name: str, rate: float, seed: int, folder: Path) -> Any:
+        """Training arguments of a run of an arm."""
+        arm = {key: value for key, value in self.arms[name].items() if key not in ("trainer", "rates", "negatives")}
+        for key in SHARED:
+            if key in arm:
+                raise ValueError(f"arm {name!r}: {key} is the same for all arms; leave it out")
+        shared = {
+            **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": self.steps},
+            **{"per_device_train_batch_size": self.batch, "warmup_steps": 0.1, "report_to": "none"},
+            **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": max(1, self.steps // 4), "use_cpu": True},
+            **{"lr_scheduler_type": "linear", "weight_decay": 0.01, "max_grad_norm": 1.0},
+        }
+        try:
+            if self.arms[name]["trainer"] == "mnrl":
+                if arm:
+                    raise ValueError(f"mnrl has no setting {next(iter(arm))!r}; it has negatives")
+                return SentenceTransformerTrainingArguments(**shared)
+            return RankingConfig(**shared, redact=True, **arm)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"arm {name!r}: {error}") from error
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result of a run, besides its arm, rate and seed."""
+        left_out = ("seeds", "sweep_seed", "rates", "arms", "data")
+        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "data": Path(self.data or "made up").name}
+
+
+def read_grid(args: argparse.Namespace) -> Grid:
+    """The file, with what the command line says instead."""
+    found = yaml.safe_load(args.grid.read_text())
+    unknown = sorted(set(found) - {f.name for f in fields(Grid)})
+    if unknown:
+        raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
+    given = ("data", "train_split", "encoder", "rates", "seeds", "steps", "max_length")
+    found |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    if args.arms is not None:
+        for name in args.arms:
+            if name not in found["arms"]:
+                raise ValueError(f"the file has no arm {name!r}; it has {', '.join(found['arms'])}")
+        found["arms"] = {name: found["arms"][name] for name in args.arms}
+    grid = Grid(**found)
+    if not args.smoke:
+        return grid
+    small = {"steps": 5, "batch": 4, "n_documents": 10, "seeds": [1, 2], "rates": [3e-3, 3e-2], "encoder": "tiny"}
+    return replace(grid, **small)
+
+
+class Task:
+    """What all runs share, made once in each process."""
+
+    def __init__(self, grid: Grid, folder: Path) -> None:
+        self.grid, self.folder = grid, folder
+        self.parts: dict[int, tuple[RetrievalTask, RetrievalTask, Any]] = {}
+
+    @cached_property
+    def start(self) -> Start:
+        return Start(self.grid.encoder, self.grid.max_length)
+
+    def part(self, seed: int) -> tuple[list[CandidateList], RetrievalTask, Any]:
+        """Lists to train on, queries to measure by, and BM25's run for them; the sweep has training queries only."""
+        if seed not in self.parts:
+            grid = self.grid
+            split: Split = read_task(grid.data, train_split=grid.train_split, test_share=grid.test_share, seed=seed)
+            train, test = split.train, split.test
+            if seed == grid.sweep_seed:
+                train, test = split_queries(split.train, 0.25, seed)
+            lists = mined(self.start.model, train, n_documents=grid.n_documents, seed=seed).lists
+            self.parts = {seed: (lists, test, bm25_run(test))}
+        return self.parts[seed]
+
+    def measure(self, model: Any, name: str, rate: float, seed: int) -> dict[str, float]:
+        _, test, lexical = self.part(seed)
+        found: Measured = measured(model, test, lexical)
+        if seed != self.grid.sweep_seed:
+            (self.folder / "per_query").mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "per_query" / f"{name} {rate:g} {seed}.json".replace(" ", "_"), found.per_query())
+        return found.metrics()
+
+    def nothing(self, seed: int) -> dict[str, float]:
+        return self.measure(self.start.model, DO_NOTHING, 0, seed)
+
+    def trained(self, name: str, rate: float, seed: int) -> Mapping[str, float]:
+        """Metrics of one run of an arm."""
+        lists, _, _ = self.part(seed)
+        arm, model = self.grid.arms[name], self.start.copy()
+        args = self.grid.config(name, rate, seed, self.folder / "runs" / f"{name} {rate:g} {seed}".replace(" ", "_"))
+        if arm["trainer"] == "mnrl":
+            most = self.grid.n_documents - max(1, self.grid.n_documents // 2)
+            rows = Dataset.from_list(tuples(lists, min(arm.get("negatives", 0), most), seed))
+            model.model_card_data.generate_widget_examples = False
+            loss = MultipleNegativesRankingLoss(model)
+            trainer: Any = SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss)
+            trainer.remove_callback(PrinterCallback)
+        else:
+            trainer = RankingTrainer(model=model, args=args, train_dataset=to_rows(lists))
+        try:
+            trainer.train()
+        except NonFiniteLossError:
+            return {"ndcg@10": math.nan}
+        spent = {"tokens_sampled": 0.0, "gradient_steps": float(trainer.state.global_step)}
+        return {**self.measure(trainer.model, name, rate, seed), **spent}
+
+
+def tuples(lists: list[CandidateList], negatives: int, seed: int) -> list[dict[str, str]]:
+    """One relevant document a query, and so many of its irrelevant ones in the order of the list, which is random."""
+    rows = []
+    for one in lists:
+        draw = random.Random(f"{seed} {one.query_id}")
+        relevant = [d for d, gain in zip(one.documents, one.gains, strict=True) if gain > 0]
+        others = [d for d, gain in zip(one.documents, one.gains, strict=True) if gain == 0][:negatives]
+        if len(others) == negatives:
+            named = {f"negative_{i}": text for i, text in enumerate(others)}
+            rows.append({"query": one.query, "positive": draw.choice(relevant), **named})
+    return rows
+
+
+def tests(found: Comparison, folder: Path, baseline: str) -> str:
+    """Paired over queries, each the mean over the seeds in which it was tested."""
+    values: dict[str, dict[str, float]] = {}
+    for name in found.arms:
+        seen: dict[str, list[float]] = defaultdict(list)
+        for run in (r for r in found.confirmed if r.arm == name):
+            file = folder / "per_query" / f"{name} {run.rate:g} {run.seed}.json".replace(" ", "_")
+            for query_id, value in (read_json(file) if file.exists() else {}).items():
+                seen[query_id].append(value)
+        values[name] = {query_id: sum(found) / len(found) for query_id, found in seen.items()}
+    lines = [f"| ndcg@10 minus that of {baseline} | mean | 95 % | p | queries |", "|---|---|---|---|---|"]
+    for name in found.arms:
+        shared = [q for q in values[baseline] if q in values[name]]
+        if name == baseline or len(shared) < 2:
+            continue
+        ours, theirs = [values[name][q] for q in shared], [values[baseline][q] for q in shared]
+        mean, low, high = paired_difference(ours, theirs)
+        p = permutation_test([a - b for a, b in zip(ours, theirs, strict=True)])
+        lines.append(f"| {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {p:.4f} | {len(shared)} |")
+    note = "\n\nPermutation test by sign flips, not corrected for the number of arms."
+    return "\n".join(lines) + note
+
+
+def main() -> None:
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    grid = read_grid(args)
+    task = Task(grid, args.output_dir)
+    arms = [
+        Arm(
+            name, lambda rate, seed, name=name: task.trained(name, rate, seed), tuple(arm.get("rates", grid.rates)), arm
+        )
+        for name, arm in grid.arms.items()
+    ]
+    found = compare(
+        arms,
+        task.nothing,
+        seeds=grid.seeds,
+        sweep_seed=grid.sweep_seed,
+        metric="ndcg@10",
+        folder=args.output_dir,
+        settings=grid.deciding(),
+        workers=args.workers,
+    )
+    baseline = args.baseline if args.baseline in found.arms else DO_NOTHING
+    text = f"# {grid.encoder} on {Path(grid.data or 'made-up data').name}\n\n{found.markdown()}\n\n"
+    text += tests(found, args.output_dir, baseline)
+    (args.output_dir / "compare.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_recipe(main, resume="the same command goes on where it was")

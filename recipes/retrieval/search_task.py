@@ -1,0 +1,139 @@
+"""What the retrieval recipes share: a task split by query, candidates mined from the start, and how a model is measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from negtune.data.retrieval import RetrievalTask, Run, load_beir, split_queries, synthetic_retrieval
+from negtune.metrics.runs import RankingResult, evaluate_run
+from negtune.retrieval.encoder import encode, load_encoder, similarity_of
+from negtune.retrieval.index import ExactIndex
+from negtune.retrieval.mining import Mined, mine
+from negtune.retrieval.retrievers import BM25Retriever, DenseRetriever, rerank
+
+METRICS = ("ndcg@10", "mrr@10", "recall@100")
+DEPTH = 100
+
+
+@dataclass(frozen=True)
+class Split:
+    """A task, split by query.
+
+    Args:
+        train, test: the same corpus, other queries.
+    """
+
+    train: RetrievalTask
+    test: RetrievalTask
+
+
+def read_task(data: str | None, *, train_split: str | None, test_share: float, seed: int, empty: str = "keep") -> Split:
+    """The task of a folder in BEIR's layout or a Hub id, or a made-up one.
+
+    Args:
+        data: folder or id; None: made up.
+        train_split: name of the judgements to train on, `test` being the others; None: a share `test_share` of the
+            test queries is held out, by `seed`.
+        empty: what to do with documents without text, see `load_beir`.
+    """
+    if data is None:
+        train, test = split_queries(synthetic_retrieval(), test_share, seed)
+        return Split(train, test)
+    if train_split is not None:
+        return Split(load_beir(data, train_split, empty=empty), load_beir(data, "test", empty=empty))
+    return Split(*split_queries(load_beir(data, "test", empty=empty), test_share, seed))
+
+
+def mined(model: Any, task: RetrievalTask, *, n_documents: int, seed: int, bm25: bool = False) -> Mined:
+    """Lists for the queries of a task from what the model (and BM25) find, with every relevant document that fits."""
+    retrievers: list[Any] = [DenseRetriever(model, task.corpus)]
+    if bm25:
+        retrievers.append(BM25Retriever(task.corpus))
+    half = max(1, n_documents // 2)
+    return mine(task, retrievers, n_documents=n_documents, positives="guaranteed", max_positives=half, seed=seed)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """First stage, and reranking of BM25's first hundred: as a pipeline, and with the relevant documents put in.
+
+    Args:
+        stages: name of the stage to its result; `guaranteed` is the easier thing that reranking papers report.
+    """
+
+    stages: dict[str, RankingResult]
+
+    def metrics(self) -> dict[str, float]:
+        """`ndcg@10` ... of the first stage; `rerank/ndcg@10`, `guaranteed/ndcg@10` ..."""
+        prefix = {"search": ""}
+        return {
+            f"{prefix.get(stage, stage + '/')}{name}": value
+            for stage, result in self.stages.items()
+            for name, value in result.means.items()
+        }
+
+    def per_query(self, name: str = "ndcg@10") -> dict[str, float]:
+        """Of the first stage."""
+        return self.stages["search"].per_query[name]
+
+
+def bm25_run(task: RetrievalTask) -> Run:
+    """BM25's first hundred of each query."""
+    return BM25Retriever(task.corpus).retrieve(task.queries, DEPTH)
+
+
+def with_relevant(task: RetrievalTask, run: Run) -> Run:
+    """The run with every relevant document it lacks behind it: what it is worth says nothing of a search."""
+    return {
+        query_id: {**found, **{d: -1.0 for d in task.positives(query_id) if d not in found}}
+        for query_id, found in run.items()
+    }
+
+
+def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64) -> Measured:
+    """A bi-encoder on the queries of a task; the corpus is encoded once."""
+    model.eval()
+    vectors = encode(model, list(task.corpus.values()), side="document", batch_size=batch_size)
+    index = ExactIndex(vectors, list(task.corpus), similarity_of(model))
+    run = DenseRetriever(model, index).retrieve(task.queries, DEPTH)
+    place = {document_id: i for i, document_id in enumerate(task.corpus)}
+    queries = encode(model, list(task.queries.values()), batch_size=batch_size)
+    if similarity_of(model) == "cosine":
+        queries, vectors = (v / v.norm(dim=-1, keepdim=True).clamp(min=1e-12) for v in (queries, vectors))
+    row = {text: i for i, text in enumerate(task.queries.values())}
+    at = {text: place[document_id] for document_id, text in task.corpus.items()}
+
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
+        q, d = [row[query] for query, _ in pairs], [at[document] for _, document in pairs]
+        return [float(value) for start in range(0, len(q), 4096) for value in (
+            queries[q[start : start + 4096]] * vectors[d[start : start + 4096]]
+        ).sum(-1)]  # fmt: skip
+
+    stages = {"search": evaluate_run(run, task.qrels, METRICS)}
+    for name, candidates in (("rerank", lexical), ("guaranteed", with_relevant(task, lexical))):
+        depth = max(len(found) for found in candidates.values())
+        reranked = rerank(score, task, candidates, depth=depth, k=10)
+        stages[name] = evaluate_run(reranked, task.qrels, ("ndcg@10", "mrr@10"))
+    return Measured(stages)
+
+
+class Start:
+    """The encoder that all runs start from, loaded once."""
+
+    def __init__(self, name: str, max_length: int | None = None) -> None:
+        self.model = load_encoder(name, device="cpu") if Path(name).exists() or "/" not in name else load_encoder(name)
+        if max_length is not None:
+            self.model.max_seq_length = max_length
+
+    def copy(self) -> Any:
+        """A fresh one to train."""
+        return copy.deepcopy(self.model)
+
+
+def numbers(metrics: Mapping[str, float]) -> str:
+    """For a person."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -2,8 +2,8 @@
 
 Letters: `D` documents, `Q` queries, `H` width of a vector, `k` documents wanted.
 
-Ties go to the document that comes first in the index. Results are the same bits whatever `max_bytes` is, and whether
-queries come alone or together: every block of documents is multiplied in the same shape.
+Ties go to the document that comes first in the index. On a CPU results are the same bits whatever `max_bytes` is, and
+whether queries come alone or together: no product is so small that BLAS would sum it in another order.
 """
 
 from __future__ import annotations

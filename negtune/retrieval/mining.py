@@ -1,0 +1,347 @@
+"""Lists of candidate documents to train a ranker on, from the ranks of any retrievers.
+
+A list holds positives and negatives in an order that tells nothing. Of every document it says whether it was judged,
+since most negatives are only unjudged; where each retriever ranked it; and whether it is there only because it is
+relevant, as no retriever found it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from negtune.data.completions import RowError
+from negtune.data.retrieval import RetrievalTask, text_key
+from negtune.records import RecordError, read_jsonl, write_jsonl
+from negtune.retrieval.retrievers import Retriever
+
+
+@dataclass(frozen=True)
+class CandidateList:
+    """One query and its candidates; every list below has one entry for each document.
+
+    Attributes:
+        query_id, query: of the task.
+        document_ids, documents: ids and texts.
+        gains: of the judgements, 0 where there is none.
+        judged: False where the gain is 0 for want of a judgement.
+        ranks: retriever name to ranks from 1, None where it did not find the document.
+        scores: the same for its scores.
+        added: positives that no retriever found.
+    """
+
+    query_id: str
+    query: str
+    document_ids: list[str]
+    documents: list[str]
+    gains: list[float]
+    judged: list[bool]
+    ranks: dict[str, list[int | None]]
+    scores: dict[str, list[float | None]]
+    added: list[bool]
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether a positive was put in that no retriever found: figures on such lists are not those of a search."""
+        return any(self.added)
+
+
+@dataclass(frozen=True)
+class Mined:
+    """The lists, and what did not get into them.
+
+    Attributes:
+        lists: in the order of the task's queries.
+        without_positive: ids of queries that have no list, since it would hold no positive.
+        missing: query id to positives that are in no list: not retrieved, without text, or beyond `max_positives`.
+        duplicates: query id to documents left out because a positive or an earlier candidate has the same text.
+        short: ids of queries whose list has fewer than `n_documents`.
+    """
+
+    lists: list[CandidateList]
+    without_positive: list[str] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    duplicates: dict[str, list[str]] = field(default_factory=dict)
+    short: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each, for a log."""
+        return {
+            "lists": len(self.lists),
+            "lists_with_added_positives": sum(one.guaranteed for one in self.lists),
+            "queries_without_positive": len(self.without_positive),
+            "positives_missing": sum(map(len, self.missing.values())),
+            "duplicates_left_out": sum(map(len, self.duplicates.values())),
+            "short_lists": len(self.short),
+            "negatives": sum(gain == 0 for one in self.lists for gain in one.gains),
+            "negatives_judged": sum(
+                gain == 0 and known for one in self.lists for gain, known in zip(one.gains, one.judged, strict=True)
+            ),
+        }
+
+
+def mine(
+    task: RetrievalTask,
+    retrievers: Sequence[Retriever],
+    *,
+    depth: int = 100,
+    skip: int = 0,
+    n_documents: int = 16,
+    positives: str = "retrieved",
+    max_positives: int | None = None,
+    select: str = "top",
+    drop_same_id: bool = False,
+    seed: int = 0,
+) -> Mined:
+    """A list of candidates for every query.
+
+    The retrievers' documents are pooled: all first ranks, all second ranks, and so on. Equal texts are in a list once,
+    and never as a negative if they are a positive's. The order in a list is random, so that places tell nothing.
+
+    All ranks are held at a time. Of a large task mine parts, `task.only(...)`: no list depends on the other queries.
+
+    Args:
+        task: queries, judgements and texts.
+        retrievers: at least one, with different names.
+        depth: ranks asked of each.
+        skip: documents that a retriever has among its first so many are no negatives; positives are.
+        n_documents: length of a list; what positives leave is filled with negatives, as far as there are any.
+        positives: `retrieved`, those in the pool only; or `guaranteed`, the others too, marked as added.
+        max_positives: at most so many in a list, highest gains first; by default all but one place.
+        select: `top`, the first negatives of the pool; or `random` ones.
+        drop_same_id: leave out the document that has the query's id, as collections whose queries are documents need.
+        seed: of random negatives and of the order.
+
+    Raises:
+        ValueError: settings that contradict each other, or a retriever that found a document which the task lacks.
+    """
+    _check_settings(retrievers, depth, skip, n_documents, positives, max_positives, select)
+    found = [_ranked(retriever, task, depth) for retriever in retrievers]
+    mined = Mined([])
+    for query_id in task.queries:
+        pool = _pool([ranked.get(query_id, {}) for ranked in found])
+        if drop_same_id:
+            pool.pop(query_id, None)
+        texts = _Texts(task.corpus)
+        relevant = _positives(task, query_id, pool, texts, guaranteed=positives == "guaranteed", drop=drop_same_id)
+        chosen = relevant[: max_positives or n_documents - 1]
+        negatives = [
+            document_id
+            for document_id, hits in pool.items()
+            if task.qrels[query_id].get(document_id, 0) <= 0
+            and min(rank for rank, _ in hits.values()) > skip
+            and texts.new(document_id)
+        ]
+        if absent := [d for d in task.positives(query_id) if d not in chosen and d not in texts.duplicates]:
+            mined.missing[query_id] = absent
+        if texts.duplicates:
+            mined.duplicates[query_id] = texts.duplicates
+        if not chosen:
+            mined.without_positive.append(query_id)
+            continue
+        draw, wanted = random.Random(f"{seed} {query_id}"), n_documents - len(chosen)
+        if select == "random":
+            negatives = draw.sample(negatives, min(wanted, len(negatives)))
+        document_ids = chosen + negatives[:wanted]
+        draw.shuffle(document_ids)
+        if len(document_ids) < n_documents:
+            mined.short.append(query_id)
+        mined.lists.append(_candidate_list(task, query_id, document_ids, pool, [one.name for one in retrievers]))
+    return mined
+
+
+def write_lists(path: str | Path, lists: Iterable[CandidateList]) -> None:
+    """One JSON line a list, atomically: a reader sees the old file or the new one."""
+    write_jsonl(path, lists)
+
+
+def read_lists(path: str | Path) -> list[CandidateList]:
+    """What `write_lists` wrote. Raises `RecordError` for a line that is no candidate list, by file and place."""
+    lists = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        try:
+            lists.append(CandidateList(**record))
+        except TypeError as error:
+            raise RecordError(f"{path}, list {number} is no candidate list ({error}); mine it again") from None
+    return lists
+
+
+def to_rows(lists: Iterable[CandidateList]) -> list[dict[str, Any]]:
+    """Rows to train on: `query_id`, `query`, `documents`, `gains`, `judged`."""
+    names = ("query_id", "query", "documents", "gains", "judged")
+    return [{name: getattr(one, name) for name in names} for one in lists]
+
+
+def check_lists(
+    lists: Iterable[CandidateList | Mapping[str, Any]],
+    k: int | None = None,
+    *,
+    positives: Mapping[str, Iterable[str]] | None = None,
+) -> None:
+    """Refuse lists that a ranker cannot be trained on, before any weight moves.
+
+    Args:
+        lists: of `mine`, or rows as `to_rows` gives them; `document_ids`, `judged` and `query_id` may be absent.
+        k: cut-off of the metric, which no list may be shorter than.
+        positives: query id to ids of documents that its list must hold; needs `document_ids`.
+
+    Raises:
+        RowError: by query: no query text, no document, a document without text or twice in its list, columns of
+            different lengths, a gain that is negative or no number, no positive, a positive that is missing, or a list
+            shorter than `k`.
+    """
+    for place, one in enumerate(lists):
+        row = vars(one) if isinstance(one, CandidateList) else one
+        where = f"query {row['query_id']}" if "query_id" in row else f"row {place}"
+        if problem := _problem_of(row, k, (positives or {}).get(row.get("query_id", ""), ())):
+            raise RowError(f"{where}: {problem}")
+
+
+def _problem_of(row: Mapping[str, Any], k: int | None, positives: Iterable[str]) -> str | None:
+    for name in ("query", "documents", "gains"):
+        if row.get(name) is None:
+            return f"there is no column {name!r}; a list has query, documents and gains"
+    documents, gains, ids = row["documents"], row["gains"], row.get("document_ids")
+    if not row["query"].strip():
+        return "the query is empty; write its text or drop the list"
+    if not documents:
+        return "the list has no document; drop it"
+    for name in ("gains", "judged", "document_ids"):
+        if row.get(name) is not None and len(row[name]) != len(documents):
+            return f"{len(row[name])} {name} for {len(documents)} documents; there must be one for each"
+    for names, what in ((ids or [], "id"), ([text_key(text) for text in documents], "text")):
+        places: dict[str, int] = {}
+        for i, name in enumerate(names):
+            if not name:
+                return f"document {_name(ids, i)} has no {what}; drop it from the list"
+            if places.setdefault(name, i) != i:
+                return (
+                    f"documents {_name(ids, places[name])} and {_name(ids, i)} have the same {what}; drop one of them"
+                )
+    for i, gain in enumerate(gains):
+        if not isinstance(gain, int | float) or not math.isfinite(gain) or gain < 0:
+            return f"gain {gain} of document {_name(ids, i)} is no number of at least 0; repair it"
+    if not any(gains):
+        return "no document has a gain above 0, so that every order is as good; drop the list"
+    if missing := [document_id for document_id in positives if document_id not in (ids or [])]:
+        return f"positive {missing[0]} is not in its list; mine with positives='guaranteed' and more n_documents"
+    if k is not None and k > len(documents):
+        return f"k={k} is more than the {len(documents)} documents of the list; lower k or mine longer lists"
+    return None
+
+
+def _name(ids: Sequence[str] | None, i: int) -> str:
+    return str(ids[i]) if ids else f"number {i} (from 0)"
+
+
+Hits = dict[int, tuple[int, float]]
+"""Place of the retriever to (rank from 1, score)."""
+
+
+class _Texts:
+    """Remembers which texts were seen, and which documents came too late."""
+
+    def __init__(self, corpus: Mapping[str, str]) -> None:
+        self._corpus, self._seen = corpus, set[str]()
+        self.duplicates: list[str] = []
+
+    def new(self, document_id: str) -> bool:
+        """Whether the document has a text, and one that was not there yet."""
+        key = text_key(self._corpus[document_id])
+        if key in self._seen:
+            self.duplicates.append(document_id)
+        if not key or key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+def _check_settings(
+    retrievers: Sequence[Retriever],
+    depth: int,
+    skip: int,
+    n_documents: int,
+    positives: str,
+    max_positives: int | None,
+    select: str,
+) -> None:
+    names = [retriever.name for retriever in retrievers]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"mine needs at least one retriever, each with its own name, got {names}")
+    if not 0 <= skip < depth:
+        raise ValueError(f"need 0 <= skip < depth, got skip={skip}, depth={depth}")
+    if n_documents < 2 or (max_positives is not None and not 1 <= max_positives < n_documents):
+        raise ValueError(
+            f"a list needs a positive and a negative: 1 <= max_positives < n_documents, got max_positives="
+            f"{max_positives}, n_documents={n_documents}"
+        )
+    if positives not in ("retrieved", "guaranteed"):
+        raise ValueError(f"positives={positives!r} is neither 'retrieved' nor 'guaranteed'")
+    if select not in ("top", "random"):
+        raise ValueError(f"select={select!r} is neither 'top' nor 'random'")
+
+
+def _ranked(retriever: Retriever, task: RetrievalTask, depth: int) -> dict[str, dict[str, tuple[int, float]]]:
+    run = retriever.retrieve(task.queries, depth)
+    for query_id, documents in run.items():
+        for document_id in documents:
+            if document_id not in task.corpus:
+                raise ValueError(
+                    f"{retriever.name} found document {document_id} for query {query_id}, which the corpus lacks; "
+                    "give both the same corpus"
+                )
+    return {
+        query_id: {d: (rank, score) for rank, (d, score) in enumerate(list(documents.items())[:depth], 1)}
+        for query_id, documents in run.items()
+    }
+
+
+def _pool(found: Sequence[Mapping[str, tuple[int, float]]]) -> dict[str, Hits]:
+    """Documents in turn: rank 1 of each retriever, rank 2 of each, and so on."""
+    turns = sorted(
+        (hit[0], place, document_id) for place, hits in enumerate(found) for document_id, hit in hits.items()
+    )
+    ordered = dict.fromkeys(document_id for _, _, document_id in turns)
+    return {d: {place: hits[d] for place, hits in enumerate(found) if d in hits} for d in ordered}
+
+
+def _positives(
+    task: RetrievalTask, query_id: str, pool: Mapping[str, Hits], texts: _Texts, *, guaranteed: bool, drop: bool
+) -> list[str]:
+    """Positives that may enter the list, highest gains first, then retrieved ones in the order of the pool.
+
+    All texts of positives are taken from here on, also of those that stay out: none may come in as a negative.
+    """
+    gains, places = task.positives(query_id), {document_id: i for i, document_id in enumerate(pool)}
+    ordered = sorted(gains, key=lambda d: (-gains[d], places.get(d, len(places))))
+    allowed = [d for d in ordered if (guaranteed or d in pool) and not (drop and d == query_id)]
+    kept = [document_id for document_id in allowed if texts.new(document_id)]
+    for document_id in ordered:
+        if document_id not in allowed:
+            texts.new(document_id)
+    return kept
+
+
+def _candidate_list(
+    task: RetrievalTask, query_id: str, document_ids: list[str], pool: Mapping[str, Hits], names: Sequence[str]
+) -> CandidateList:
+    qrels, nowhere = task.qrels[query_id], (None, None)
+    hits = {
+        name: [pool.get(document_id, {}).get(place, nowhere) for document_id in document_ids]
+        for place, name in enumerate(names)
+    }
+    return CandidateList(
+        query_id=query_id,
+        query=task.queries[query_id],
+        document_ids=document_ids,
+        documents=[task.corpus[document_id] for document_id in document_ids],
+        gains=[qrels.get(document_id, 0.0) for document_id in document_ids],
+        judged=[document_id in qrels for document_id in document_ids],
+        ranks={name: [rank for rank, _ in found] for name, found in hits.items()},
+        scores={name: [score for _, score in found] for name, found in hits.items()},
+        added=[document_id not in pool for document_id in document_ids],
+    )

@@ -1,0 +1,268 @@
+"""Candidate lists: what is in them, what is said of it, and what a trainer refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+
+from negtune.data.completions import RowError
+from negtune.data.retrieval import RetrievalTask, load_beir, synthetic_retrieval
+from negtune.records import RecordError
+from negtune.retrieval import retrievers
+from negtune.retrieval.mining import CandidateList, check_lists, mine, read_lists, to_rows, write_lists
+from negtune.retrieval.retrievers import BM25Retriever, RunRetriever
+
+CORPUS = {name: f"text of {name}" for name in "abcdefghij"}
+TASK = RetrievalTask(CORPUS, {"1": "first", "2": "second"}, {"1": {"a": 2.0, "b": 0.0, "j": 1.0}, "2": {"c": 1.0}})
+WORDS = {"1": {"b": 9.0, "a": 8.0, "d": 7.0, "e": 6.0, "f": 5.0}, "2": {"d": 3.0, "e": 2.0}}
+DENSE = {"1": {"d": 0.9, "g": 0.8, "h": 0.7, "i": 0.6}, "2": {"c": 0.5, "a": 0.4}}
+BOTH = [RunRetriever(WORDS, "words"), RunRetriever(DENSE, "dense")]
+
+
+def mined_ids(**settings):
+    return {one.query_id: sorted(one.document_ids) for one in mine(TASK, BOTH, **settings).lists}
+
+
+def by_id(one, column):
+    return dict(zip(one.document_ids, column, strict=True))
+
+
+def test_a_list_says_of_every_document_what_is_known():
+    first, second = mine(TASK, BOTH, n_documents=6).lists
+    assert (first.query_id, first.query) == ("1", "first")
+    assert sorted(first.document_ids) == ["a", "b", "d", "e", "g", "h"]
+    assert first.documents == [CORPUS[document_id] for document_id in first.document_ids]
+    assert by_id(first, first.gains) == {"a": 2.0, "b": 0.0, "d": 0.0, "e": 0.0, "g": 0.0, "h": 0.0}
+    assert by_id(first, first.judged) == {"a": True, "b": True, "d": False, "e": False, "g": False, "h": False}
+    assert by_id(first, first.ranks["words"]) == {"a": 2, "b": 1, "d": 3, "e": 4, "g": None, "h": None}
+    assert by_id(first, first.ranks["dense"]) == {"a": None, "b": None, "d": 1, "e": None, "g": 2, "h": 3}
+    assert by_id(first, first.scores["dense"]) == {"a": None, "b": None, "d": 0.9, "e": None, "g": 0.8, "h": 0.7}
+    assert not first.guaranteed
+    assert by_id(second, second.ranks["dense"])["c"] == 1
+    check_lists([first, second], k=4)  # the second has c, d, a and e
+
+
+def test_retrievers_take_turns_by_rank():
+    # words: b a d e f; dense: d g h i; in turn: b d, a g, h (d was there), e i, f; of them a is relevant
+    assert mined_ids(n_documents=4)["1"] == ["a", "b", "d", "g"]
+    assert mined_ids(n_documents=6)["1"] == ["a", "b", "d", "e", "g", "h"]
+    only = mine(TASK, BOTH[:1], n_documents=4).lists[0]
+    assert sorted(only.document_ids) == ["a", "b", "d", "e"]
+
+
+def test_first_ranks_can_be_skipped_for_negatives_but_not_for_positives():
+    # b, d and g are among the first two of a retriever; so is a, which is relevant
+    assert mined_ids(n_documents=4, skip=2)["1"] == ["a", "e", "h", "i"]
+    assert mined_ids(n_documents=9, skip=2)["1"] == ["a", "e", "f", "h", "i"]
+
+
+def test_no_deeper_ranks_are_used_than_asked_for():
+    mined = mine(TASK, BOTH, depth=2, n_documents=10)
+    assert sorted(mined.lists[0].document_ids) == ["a", "b", "d", "g"]
+    assert mined.short == ["1", "2"]
+    assert mine(TASK, BOTH, depth=2, n_documents=4).short == []
+    eager = RunRetriever(WORDS, "words")
+    eager.retrieve = lambda queries, k: WORDS
+    assert sorted(mine(TASK, [eager], depth=2).lists[0].document_ids) == ["a", "b"]
+
+
+def test_queries_whose_positives_were_not_retrieved_have_no_list_and_are_named():
+    mined = mine(TASK, BOTH[:1])
+    assert [one.query_id for one in mined.lists] == ["1"]
+    assert mined.without_positive == ["2"]
+    assert mined.missing == {"1": ["j"], "2": ["c"]}
+    assert mined.counts() == {
+        "lists": 1,
+        "lists_with_added_positives": 0,
+        "queries_without_positive": 1,
+        "positives_missing": 2,
+        "duplicates_left_out": 0,
+        "short_lists": 1,
+        "negatives": 4,
+        "negatives_judged": 1,
+    }
+
+
+def test_guaranteed_positives_are_put_in_and_marked():
+    mined = mine(TASK, BOTH[:1], n_documents=4, positives="guaranteed")
+    first, second = mined.lists
+    assert by_id(first, first.added) == {"a": False, "b": False, "d": False, "j": True}
+    assert by_id(second, second.added) == {"c": True, "d": False, "e": False}
+    assert first.guaranteed
+    assert second.ranks == {"words": [{"c": None, "d": 1, "e": 2}[d] for d in second.document_ids]}
+    assert (mined.missing, mined.without_positive) == ({}, [])
+    assert mined.counts()["lists_with_added_positives"] == 2
+    check_lists(mined.lists, positives={query_id: TASK.positives(query_id) for query_id in TASK.queries})
+
+
+def test_of_too_many_positives_those_with_the_highest_gains_and_then_retrieved_ones_stay():
+    gains = {"j": 1.0, "a": 1.0, "d": 2.0, "i": 3.0}
+    task = RetrievalTask(CORPUS, {"1": "first"}, {"1": gains})
+    for most, expected in ((1, {"i"}), (2, {"i", "d"}), (3, {"i", "d", "a"}), (None, {"i", "d", "a"})):
+        mined = mine(task, BOTH, n_documents=4, max_positives=most, positives="guaranteed")
+        assert {d for d, gain in by_id(mined.lists[0], mined.lists[0].gains).items() if gain > 0} == expected
+        assert len(mined.lists[0].document_ids) == 4
+        assert set(mined.missing["1"]) == gains.keys() - expected
+
+
+def test_random_negatives_come_from_the_whole_depth_and_repeat_with_the_seed():
+    settings = {"n_documents": 3, "select": "random"}
+    drawn = [mined_ids(**settings, seed=seed)["1"] for seed in range(40)]
+    assert drawn[0] == mined_ids(**settings, seed=0)["1"]
+    assert all("a" in ids and len(ids) == 3 for ids in drawn)
+    assert set().union(*drawn) == set("abdefghi")
+
+
+def test_a_positive_may_stand_anywhere():
+    mined = [mine(TASK, BOTH, n_documents=4, positives="guaranteed", seed=seed) for seed in range(60)]
+    places = [one.lists[0].document_ids.index(name) for one in mined for name in "aj"]
+    assert all(18 <= places.count(place) <= 42 for place in range(4))  # 30 of 120 each
+    negatives = ["".join(d for d in one.lists[0].document_ids if d in "bd") for one in mined]
+    assert 18 <= negatives.count("bd") <= 42  # nor do places tell of ranks
+
+
+def test_a_list_does_not_depend_on_other_queries_or_on_the_run():
+    whole = mine(TASK, BOTH, n_documents=4, select="random", seed=5)
+    alone = mine(TASK.only(["2"]), BOTH, n_documents=4, select="random", seed=5)
+    assert alone.lists == [one for one in whole.lists if one.query_id == "2"]
+
+
+def test_texts_of_positives_are_no_negatives_and_equal_negatives_come_once():
+    corpus = CORPUS | {"d": " text  of a", "f": CORPUS["e"], "g": CORPUS["j"]}
+    mined = mine(RetrievalTask(corpus, TASK.queries, TASK.qrels), BOTH, n_documents=10)
+    assert sorted(mined.lists[0].document_ids) == ["a", "b", "e", "h", "i"]  # j itself was not retrieved
+    assert mined.duplicates["1"] == ["d", "g", "f"]
+    assert mined.missing == {"1": ["j"]}
+    check_lists(mined.lists)
+
+
+def test_equal_positives_are_one_and_none_of_them_is_missing():
+    corpus = CORPUS | {"j": CORPUS["a"]}
+    mined = mine(RetrievalTask(corpus, TASK.queries, TASK.qrels), BOTH, n_documents=10, positives="guaranteed")
+    assert [d for d in mined.lists[0].document_ids if d in "aj"] == ["a"]  # the higher gain
+    assert (mined.duplicates, mined.missing) == ({"1": ["j"]}, {})
+
+
+def test_documents_without_text_are_in_no_list():
+    corpus = CORPUS | {"b": "", "c": " "}
+    mined = mine(RetrievalTask(corpus, TASK.queries, TASK.qrels), BOTH, n_documents=10, positives="guaranteed")
+    assert all("b" not in one.document_ids and "c" not in one.document_ids for one in mined.lists)
+    assert (mined.without_positive, mined.missing) == (["2"], {"2": ["c"]})
+
+
+def test_the_document_that_is_the_query_can_be_left_out():
+    task = RetrievalTask(CORPUS, {"d": "first", "a": "second"}, {"d": {"b": 1.0}, "a": {"a": 1.0, "c": 1.0}})
+    run = {"d": WORDS["1"], "a": WORDS["1"]}
+    kept = mine(task, [RunRetriever(run, "x")], positives="guaranteed")
+    assert all(one.query_id in one.document_ids for one in kept.lists)
+    left = mine(task, [RunRetriever(run, "x")], positives="guaranteed", drop_same_id=True)
+    assert [sorted(one.document_ids) for one in left.lists] == [["a", "b", "e", "f"], ["b", "c", "d", "e", "f"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip": 100}, "need 0 <= skip < depth, got skip=100, depth=100"),
+        ({"n_documents": 1}, "1 <= max_positives < n_documents, got max_positives=None, n_documents=1"),
+        ({"max_positives": 16}, "got max_positives=16, n_documents=16"),
+        ({"max_positives": 0}, "got max_positives=0, n_documents=16"),
+        ({"positives": "all"}, "positives='all' is neither 'retrieved' nor 'guaranteed'"),
+        ({"select": "hard"}, "select='hard' is neither 'top' nor 'random'"),
+        ({"retrievers": []}, "at least one retriever, each with its own name, got []"),
+        ({"retrievers": [BOTH[0], BOTH[0]]}, "each with its own name, got ['words', 'words']"),
+        ({"retrievers": [RunRetriever({"1": {"z": 1.0}}, "x")]}, "x found document z for query 1, which the corpus"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        mine(TASK, settings.pop("retrievers", BOTH), **settings)
+
+
+def test_lists_come_back_from_their_file(tmp_path):
+    lists = mine(TASK, BOTH, positives="guaranteed").lists
+    write_lists(tmp_path / "lists.jsonl", lists)
+    assert read_lists(tmp_path / "lists.jsonl") == lists
+    (tmp_path / "lists.jsonl").write_text('{"query_id": "1"}\n')
+    with pytest.raises(RecordError, match=r"lists\.jsonl, list 1 is no candidate list .*missing.*; mine it again"):
+        read_lists(tmp_path / "lists.jsonl")
+
+
+def test_rows_have_what_a_trainer_needs_and_no_more():
+    lists = mine(TASK, BOTH).lists
+    rows = to_rows(lists)
+    assert sorted(rows[0]) == ["documents", "gains", "judged", "query", "query_id"]
+    assert rows[1]["documents"] is lists[1].documents
+    check_lists(rows, k=2)
+
+
+GOOD = CandidateList("7", "q", ["a", "b"], ["x", "y"], [1.0, 0.0], [True, False], {}, {}, [False, False])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"query": " "}, "query 7: the query is empty; write its text or drop the list"),
+        ({"documents": [], "document_ids": [], "gains": [], "judged": []}, "query 7: the list has no document"),
+        ({"gains": [1.0]}, "query 7: 1 gains for 2 documents; there must be one for each"),
+        ({"judged": [True]}, "query 7: 1 judged for 2 documents"),
+        ({"document_ids": ["a"]}, "query 7: 1 document_ids for 2 documents"),
+        ({"documents": ["x", " "]}, "query 7: document b has no text; drop it from the list"),
+        ({"document_ids": ["a", "a"]}, "query 7: documents a and a have the same id; drop one of them"),
+        ({"documents": ["x", " x"]}, "query 7: documents a and b have the same text"),
+        ({"gains": [1.0, math.nan]}, "query 7: gain nan of document b is no number of at least 0"),
+        ({"gains": [1.0, -1.0]}, "query 7: gain -1.0 of document b is no number of at least 0"),
+        ({"gains": [1.0, None]}, "query 7: gain None of document b is no number"),
+        ({"gains": None}, "query 7: there is no column 'gains'"),
+        ({"gains": [0.0, 0.0]}, "query 7: no document has a gain above 0"),
+    ],
+)
+def test_a_list_that_cannot_be_trained_on_is_named(changed, message):
+    with pytest.raises(RowError) as raised:
+        check_lists([GOOD, vars(GOOD) | changed])
+    assert str(raised.value).startswith(message)
+
+
+def test_a_list_shorter_than_k_or_without_a_positive_it_should_hold_is_named():
+    check_lists([GOOD], k=2, positives={"7": ["a"], "8": ["z"]})
+    with pytest.raises(RowError, match="query 7: k=3 is more than the 2 documents of the list; lower k"):
+        check_lists([GOOD], k=3)
+    with pytest.raises(RowError, match="query 7: positive z is not in its list; mine with positives='guaranteed'"):
+        check_lists([GOOD], positives={"7": ["a", "z"]})
+
+
+def test_rows_without_ids_are_named_by_their_place():
+    row = {"query": "q", "documents": ["x", "y"], "gains": [1, 0]}
+    check_lists([row])
+    with pytest.raises(
+        RowError, match=r"row 1: documents number 0 \(from 0\) and number 1 \(from 0\) have the same text"
+    ):
+        check_lists([row, row | {"documents": ["x", "x"]}])
+    with pytest.raises(RowError, match="row 0: there is no column 'gains'"):
+        check_lists([{"query": "q", "documents": ["x"]}])
+
+
+needs_bm25s = pytest.mark.skipif(importlib.util.find_spec("bm25s") is None, reason=f"needs bm25s: {retrievers.INSTALL}")
+
+
+@needs_bm25s
+def test_synthetic_lists_hold_positives_and_hard_negatives():
+    task = synthetic_retrieval()
+    mined = mine(task, [BM25Retriever(task.corpus)], n_documents=8, max_positives=4)
+    check_lists(mined.lists, k=8)
+    assert len(mined.lists) == 44  # of 48; the others share no word with what they look for
+    assert all(1 <= sum(gain > 0 for gain in one.gains) <= 4 and len(one.gains) == 8 for one in mined.lists)
+
+
+@needs_bm25s
+def test_lists_of_real_collections_pass_the_check(data_dir):
+    for name, split in (("scifact", "train"), ("cranfield", "test"), ("cisi", "test")):
+        task = load_beir(data_dir / name, split, empty="keep")
+        mined = mine(task, [BM25Retriever(task.corpus)], depth=50, n_documents=16, max_positives=8)
+        # a query of a few rare words shares them with a few documents only
+        check_lists([one for one in mined.lists if one.query_id not in mined.short], k=16)
+        check_lists(mined.lists, k=2)
+        assert len(mined.short) < 0.05 * len(task.queries)
+        assert len(mined.lists) + len(mined.without_positive) == len(task.queries)
+        assert len(mined.lists) > 0.8 * len(task.queries)

@@ -115,7 +115,7 @@ class RetrievalEvaluator(BaseEvaluator):
         self.last: RankingResult | None = None
 
     def __call__(
-        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+        self, model: Any, output_path: str | None = None, epoch: float | int = -1.0, steps: int = -1
     ) -> dict[str, float]:
         """Mean of each metric; `last` has them per query, and so has `retrieval_<steps>.json` in `output_path`."""
         self.last = evaluate_retrieval(model, self.task, metrics=self.metrics, **self.settings)

@@ -17,6 +17,7 @@ def load_ranker(
     kind: str = "bi_encoder",
     *,
     model_kwargs: dict[str, Any] | None = None,
+    answers: tuple[str, str] = ("yes", "no"),
     trust_remote_code: bool = False,
 ) -> Any:
     """The sentence-transformers model of a folder, hub id or built-in name.
@@ -26,6 +27,7 @@ def load_ranker(
             `load_model` knows (`smollm2`, ...).
         kind: bi_encoder, cross_encoder, multi_vector, or causal_lm for `causal_reranker`.
         model_kwargs: of `from_pretrained`; `quantization_config` for QLoRA. Safetensors only.
+        answers: of a causal LM, for and against.
         trust_remote_code: run model code that comes with the checkpoint of a reranker.
 
     Raises:
@@ -37,7 +39,8 @@ def load_ranker(
     from negtune._st_compat import MultiVectorEncoder
 
     if kind == "causal_lm":
-        return causal_reranker(name, model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
+        yes, no = answers
+        return causal_reranker(name, yes=yes, no=no, model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
     if kind == "bi_encoder":
         from negtune.retrieval.encoder import load_encoder
 

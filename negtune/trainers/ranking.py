@@ -305,5 +305,5 @@ def _has_adapter(model: Any) -> bool:
 
 def _lists(batch: Mapping[str, Any]) -> Lists:
     step = batch.get("step")
-    more = {} if step is None else {"total": float(step["counts"]), "share": step["share"]}
+    more = {} if step is None else {"total": float(step["counts"]), "share": float(step["share"])}
     return Lists(**batch["lists"], rows=batch.get("texts"), **more)

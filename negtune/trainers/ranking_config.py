@@ -30,7 +30,7 @@ class RankingConfig(BaseTrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 their share of all."})
     logging_steps: float = field(default=10, metadata={"help": "Steps, or below 1 their share of all."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries of a batch."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where else metrics are sent."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where else metrics are sent."})  # noqa: RUF036
     bf16: bool | None = field(default=None, metadata={"help": "Default: on, except on a CPU."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in the backward pass. Default: off."}

@@ -1,0 +1,103 @@
+"""The retrieval recipes, as users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
+pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
+
+from negtune.records import read_jsonl
+from negtune.retrieval.mining import read_lists
+from tests.recipes.test_recipes import ROOT, launch
+
+COMPARE = ROOT / "recipes" / "retrieval" / "compare.py"
+
+
+def compare(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(COMPARE), "--output_dir", str(folder), *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+def test_a_retriever_is_warmed_up_trained_searched_and_reported(tmp_path):
+    done = launch("retrieval/pg_rank.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["arms"]) == ["start", "InfoNCE", "pg_rank"]
+    assert metrics["better"]["ndcg@10"] == metrics["better"]["guaranteed/ndcg@10"] == "higher"
+    assert "minus start_low" in metrics["arms"]["pg_rank"]
+    history = read_jsonl(tmp_path / "history.jsonl")
+    assert [row["step"] for row in history if "eval/ndcg@10" in row] == [2, 4]
+    assert {one.query_id for one in read_lists(tmp_path / "candidates.jsonl")}
+    report = (tmp_path / "report.html").read_text()
+    assert "ndcg@10 on held-out queries" in report
+    assert (tmp_path / "plots" / "ranking.png").stat().st_size > 5_000
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_retriever(tmp_path):
+    done = launch("retrieval/pg_rank.py", tmp_path, "--smoke", "--per_device_train_batch_size", "2", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["arms"]) == ["start", "InfoNCE", "pg_rank"]
+
+
+def test_a_language_model_is_trained_to_rerank(tmp_path):
+    done = launch("retrieval/llm_reranker.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["arms"]) == ["BM25", "start", "pg_rank"]
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_retriever_is_rewarded_by_a_generator(tmp_path):
+    done = launch("retrieval/rag_reward.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["arms"]) == ["start", "pg_rank"]
+    assert "answers drawn, 0 of them unscored" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_comparison_goes_on_where_it_was_stopped_and_tests_over_queries(tmp_path):
+    flags = ["--smoke", "--arms", "InfoNCE, mined + in batch", "LambdaRank, list", "PG PL-Rank LOO"]
+    done = compare(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = read_jsonl(tmp_path / "runs.jsonl")
+    assert len(runs) == 2 + 3 * (2 + 2)
+    table = (tmp_path / "compare.md").read_text()
+    assert "| PG PL-Rank LOO | " in table.split("Permutation test")[0].split("ndcg@10 minus that of")[1]
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-2]) + "\n")
+    again = compare(tmp_path, *flags)
+    assert again.returncode == 0, again.stderr[-3000:]
+    repeated = [{k: v for k, v in run.items() if k != "seconds"} for run in read_jsonl(tmp_path / "runs.jsonl")]
+    assert repeated == [{k: v for k, v in run.items() if k != "seconds"} for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("pg_rank", ["--loss_type", "npo"], "unknown loss_type 'npo'"),
+        ("pg_rank", ["--data", "nowhere/at/all"], "no folder nowhere/at/all"),
+        ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
+        ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
+        ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, recipe, flags, message):
+    script = ROOT / "recipes" / "retrieval" / f"{recipe}.py"
+    command = [sys.executable, str(script), "--config", str(script.with_suffix(".yaml")), "--smoke", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last

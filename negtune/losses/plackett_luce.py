@@ -327,7 +327,8 @@ def _checked(
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
     if estimator is None:
-        estimator = "loo" if reward_fn is not None else "pl_rank" if metric in ADDITIVE else "rtg_loo"
+        best = "pl_rank_loo" if n_samples > 1 else "pl_rank"
+        estimator = "loo" if reward_fn is not None else best if metric in ADDITIVE else "rtg_loo"
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     if reward_fn is not None and estimator in ("pl_rank", "pl_rank_loo", "rtg_loo"):

@@ -58,10 +58,11 @@ def pg_rank(
         k: places that count.
         n_samples: sampled rankings per query, N.
         estimator: `pl_rank`: the analytic expectation over the document at each place, for metrics that are sums over
-            documents; `rtg_loo`: what is earned from a place on, minus the mean of the other samples; `loo`: what the
-            whole ranking earns, minus the mean of the others; `reinforce`: without a baseline. Default: `pl_rank`,
-            for `mrr` and `map` `rtg_loo`, for a `reward_fn` `loo`. Leave-one-out *raises* the variance where most rankings earn
-            nothing (one relevant document among hundreds).
+            documents; `pl_rank_loo`: the same with the expected reward of the place computed, and what is earned behind
+            it minus the mean of the other samples; `rtg_loo`: what is earned from a place on, minus the mean of the
+            others; `loo`: what the whole ranking earns, minus the mean of the others; `reinforce`: without a baseline.
+            Default: `pl_rank_loo`, with one sample `pl_rank`, for `mrr` and `map` `rtg_loo`, for a `reward_fn` `loo`.
+            `loo` *raises* the variance where most rankings earn nothing (one relevant document among hundreds).
         metric: ndcg, dcg, precision, recall, mrr or map, of the first k.
         gain: of a grade g, g or 2^g - 1: take what the evaluation takes.
         reward_fn: black box instead of the metric, `rankings [N Q k] -> rewards [N Q]`; NaN is unscored and has no

@@ -17,6 +17,7 @@ A comparison that was stopped goes on where it was; --smoke runs all arms on mad
 """
 
 import argparse
+import copy
 import math
 import random
 from collections import defaultdict
@@ -55,6 +56,8 @@ parser.add_argument("--arms", nargs="+", help="of the file's only these")
 parser.add_argument("--rates", type=float, nargs="+", help="learning rates to sweep, instead of the file's")
 parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
 parser.add_argument("--steps", type=int, help="instead of the file's")
+parser.add_argument("--warm_steps", type=int, help="of InfoNCE before all arms; instead of the file's")
+parser.add_argument("--warm_rate", type=float, help="its learning rate; instead of the file's")
 parser.add_argument("--max_length", type=int, help="tokens of a text; instead of the file's")
 parser.add_argument("--baseline", default="InfoNCE, mined + in batch", help="arm that the others are tested against")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
@@ -76,6 +79,8 @@ class Grid:
     steps: int = 100
     batch: int = 16
     max_length: int | None = None
+    warm_steps: int = 0
+    warm_rate: float = 1e-2
     rates: list[float] = field(default_factory=lambda: [1e-2])
     sweep_seed: int = 0
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
@@ -95,12 +100,7 @@ class Grid:
         for key in SHARED:
             if key in arm:
                 raise ValueError(f"arm {name!r}: {key} is the same for all arms; leave it out")
-        shared = {
-            **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": self.steps},
-            **{"per_device_train_batch_size": self.batch, "warmup_steps": 0.1, "report_to": "none"},
-            **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": max(1, self.steps // 4), "use_cpu": True},
-            **{"lr_scheduler_type": "linear", "weight_decay": 0.01, "max_grad_norm": 1.0},
-        }
+        shared = self.shared(rate, seed, folder)
         try:
             if self.arms[name]["trainer"] == "mnrl":
                 if arm:
@@ -109,6 +109,15 @@ class Grid:
             return RankingConfig(**shared, redact=True, **arm)
         except (TypeError, ValueError) as error:
             raise ValueError(f"arm {name!r}: {error}") from error
+
+    def shared(self, rate: float, seed: int, folder: Path) -> dict[str, Any]:
+        """Training arguments of all arms."""
+        return {
+            **{"output_dir": str(folder), "learning_rate": rate, "seed": seed, "max_steps": self.steps},
+            **{"per_device_train_batch_size": self.batch, "warmup_steps": 0.1, "report_to": "none"},
+            **{"save_strategy": "no", "disable_tqdm": True, "logging_steps": max(1, self.steps // 4), "use_cpu": True},
+            **{"lr_scheduler_type": "linear", "weight_decay": 0.01, "max_grad_norm": 1.0},
+        }
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result of a run, besides its arm, rate and seed."""
@@ -122,7 +131,7 @@ def read_grid(args: argparse.Namespace) -> Grid:
     unknown = sorted(set(found) - {f.name for f in fields(Grid)})
     if unknown:
         raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
-    given = ("data", "train_split", "encoder", "rates", "seeds", "steps", "max_length")
+    given = ("data", "train_split", "encoder", "rates", "seeds", "steps", "max_length", "warm_steps", "warm_rate")
     found |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.arms is not None:
         for name in args.arms:
@@ -141,26 +150,37 @@ class Task:
 
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
-        self.parts: dict[int, tuple[RetrievalTask, RetrievalTask, Any]] = {}
+        self.parts: dict[int, tuple[list[CandidateList], RetrievalTask, Any, Any]] = {}
 
     @cached_property
-    def start(self) -> Start:
+    def encoder(self) -> Start:
         return Start(self.grid.encoder, self.grid.max_length)
 
-    def part(self, seed: int) -> tuple[list[CandidateList], RetrievalTask, Any]:
-        """Lists to train on, queries to measure by, and BM25's run for them; the sweep has training queries only."""
+    def part(self, seed: int) -> tuple[list[CandidateList], RetrievalTask, Any, Any]:
+        """Lists to train on, queries to measure by, BM25's run for them, and the model that all arms start from.
+
+        The sweep has training queries only. With `warm_steps` the start is trained with InfoNCE first, on lists mined
+        by the encoder as it came, and mines anew.
+        """
         if seed not in self.parts:
-            grid = self.grid
+            grid, model = self.grid, self.encoder.copy()
             split: Split = read_task(grid.data, train_split=grid.train_split, test_share=grid.test_share, seed=seed)
             train, test = split.train, split.test
             if seed == grid.sweep_seed:
                 train, test = split_queries(split.train, 0.25, seed)
-            lists = mined(self.start.model, train, n_documents=grid.n_documents, seed=seed).lists
-            self.parts = {seed: (lists, test, bm25_run(test))}
+            settings = {"n_documents": grid.n_documents, "seed": seed}
+            lists = mined(model, train, **settings).lists
+            if grid.warm_steps:
+                folder = self.folder / "runs" / f"warm_{seed}"
+                args = grid.shared(grid.warm_rate, seed, folder) | {"max_steps": grid.warm_steps}
+                args = RankingConfig(**args, loss_type="infonce", redact=True)
+                RankingTrainer(model=model, args=args, train_dataset=to_rows(lists)).train()
+                lists = mined(model, train, **settings).lists
+            self.parts = {seed: (lists, test, bm25_run(test), model)}
         return self.parts[seed]
 
     def measure(self, model: Any, name: str, rate: float, seed: int) -> dict[str, float]:
-        _, test, lexical = self.part(seed)
+        _, test, lexical, _ = self.part(seed)
         found: Measured = measured(model, test, lexical)
         if seed != self.grid.sweep_seed:
             (self.folder / "per_query").mkdir(parents=True, exist_ok=True)
@@ -168,12 +188,12 @@ class Task:
         return found.metrics()
 
     def nothing(self, seed: int) -> dict[str, float]:
-        return self.measure(self.start.model, DO_NOTHING, 0, seed)
+        return self.measure(self.part(seed)[3], DO_NOTHING, 0, seed)
 
     def trained(self, name: str, rate: float, seed: int) -> Mapping[str, float]:
         """Metrics of one run of an arm."""
-        lists, _, _ = self.part(seed)
-        arm, model = self.grid.arms[name], self.start.copy()
+        lists, _, _, start = self.part(seed)
+        arm, model = self.grid.arms[name], copy.deepcopy(start)
         args = self.grid.config(name, rate, seed, self.folder / "runs" / f"{name} {rate:g} {seed}".replace(" ", "_"))
         if arm["trainer"] == "mnrl":
             most = self.grid.n_documents - max(1, self.grid.n_documents // 2)

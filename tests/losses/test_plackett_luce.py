@@ -368,3 +368,51 @@ def test_entropy_and_kl_of_the_first_place_by_hand():
     assert first_place_kl(scores, torch.zeros(1, 3).double(), mask).item() == pytest.approx(kl, abs=1e-12)
     assert first_place_kl(scores, scores, mask).item() == 0
     assert exp(first_place_entropy(torch.zeros(1, 3), mask).item()) == pytest.approx(2)
+
+
+def test_padding_is_drawn_behind_all_documents_whatever_its_score():
+    scores = torch.tensor([[0.0, 50.0, -50.0, 50.0]])
+    mask = torch.tensor([[True, False, True, False]])
+    draws = sample_rankings(scores, mask, 200)
+    assert set(draws[:, 0, :2].flatten().tolist()) == {0, 2}
+    assert set(draws[:, 0, 2:].flatten().tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("estimator", ["pl_rank", "reinforce"])
+def test_documents_that_are_hardly_ever_drawn_keep_their_gradient(monkeypatch, estimator):
+    """Scores 60 apart: the last places are a contest of its own among documents with probabilities of e^-60."""
+    scores = torch.tensor([0.0, 60.0, -1.0, 30.0, 1.0], dtype=torch.float64)
+    each = estimates(monkeypatch, ALL[None], scores=scores, k=4, estimator=estimator)
+    found = (probabilities(scores)[:, None] * each).sum(0)
+    torch.testing.assert_close(found, exact_gradient(scores, GAINS, k=4), **EXACT)
+    assert found[[0, 2, 4]].abs().min() > 1e-4
+
+
+def test_the_variance_is_that_of_the_mean_of_the_samples(monkeypatch):
+    samples = sample_rankings(SCORES[None], full(SCORES[None]), 6, generator=torch.Generator().manual_seed(4))
+    each = torch.stack([estimates(monkeypatch, samples[i : i + 1], estimator="pl_rank")[0] for i in range(6)])
+    monkeypatch.setattr(plackett_luce, "sample_rankings", lambda *a, **kw: samples[..., :3])
+    settings = {"k": 3, "n_samples": 6, "estimator": "pl_rank"}
+    found = policy_gradient(SCORES[None], GAINS[None], full(SCORES[None]), **settings)
+    torch.testing.assert_close(found.gradient[0], each.mean(0))
+    torch.testing.assert_close(found.variance[0], each.var(0).sum() / 6)
+
+
+def test_the_estimator_that_is_taken_where_none_is_named():
+    scores, gains = torch.randn(2, 6, dtype=torch.float64), torch.tensor([[1.0, 0, 0, 2, 0, 1]] * 2).double()
+
+    def gradient(**settings):
+        generator = torch.Generator().manual_seed(5)
+        return policy_gradient(scores, gains, full(scores), k=4, generator=generator, **settings).gradient
+
+    def reward(rankings):
+        return (rankings[..., 0] == 3).double()
+
+    for settings, name in (
+        ({}, "pl_rank_loo"),
+        ({"n_samples": 1}, "pl_rank"),
+        ({"metric": "mrr"}, "rtg_loo"),
+        ({"reward_fn": reward}, "loo"),
+    ):
+        torch.testing.assert_close(gradient(**settings), gradient(**settings, estimator=name), atol=0, rtol=0)
+    assert not torch.equal(gradient(), gradient(estimator="pl_rank"))

@@ -32,6 +32,7 @@ class CandidateList:
         ranks: retriever name to ranks from 1, None where it did not find the document.
         scores: the same for its scores.
         added: positives that no retriever found.
+        ideal_gains: of all relevant documents of the query, in the list or not, highest first.
     """
 
     query_id: str
@@ -43,6 +44,7 @@ class CandidateList:
     ranks: dict[str, list[int | None]]
     scores: dict[str, list[float | None]]
     added: list[bool]
+    ideal_gains: list[float]
 
     @property
     def guaranteed(self) -> bool:
@@ -171,8 +173,8 @@ def read_lists(path: str | Path) -> list[CandidateList]:
 
 
 def to_rows(lists: Iterable[CandidateList]) -> list[dict[str, Any]]:
-    """Rows to train on: `query_id`, `query`, `documents`, `gains`, `judged`."""
-    names = ("query_id", "query", "documents", "gains", "judged")
+    """Rows to train on: `query_id`, `query`, `document_ids`, `documents`, `gains`, `judged`, `ideal_gains`."""
+    names = ("query_id", "query", "document_ids", "documents", "gains", "judged", "ideal_gains")
     return [{name: getattr(one, name) for name in names} for one in lists]
 
 
@@ -344,4 +346,5 @@ def _candidate_list(
         ranks={name: [rank for rank, _ in found] for name, found in hits.items()},
         scores={name: [score for _, score in found] for name, found in hits.items()},
         added=[document_id not in pool for document_id in document_ids],
+        ideal_gains=sorted(task.positives(query_id).values(), reverse=True),
     )

@@ -1,8 +1,15 @@
 """Candidate lists for training: a query, documents, and the gain of each; checked before any weight moves.
 
 A row has `query` (text), `documents` (texts) and `gains` (numbers, one for each document; above 0 is relevant). It may
-have `query_id` (for messages), `ideal_gains` (of all judged documents, also those the list lacks), `teacher_scores` (one
-for each document), `positives` (texts or, beside `document_ids`, ids that have to be in the list).
+have
+
+- `query_id` and `document_ids`, which messages then name;
+- `judged`, one for each document: whether its gain is known, or 0 for want of a judgement;
+- `ideal_gains` of all relevant documents of the query, also of those that the list lacks;
+- `teacher_scores`, one for each document;
+- `positives` that have to be in the list: texts or, beside `document_ids`, ids.
+
+Texts are compared by `retrieval.text_key`: white space makes no difference.
 """
 
 from __future__ import annotations
@@ -10,13 +17,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
+from numbers import Real
 from typing import Any
 
 from negtune.data.completions import RowError
 from negtune.data.mapping import convert_rows
+from negtune.data.retrieval import text_key
 
 logger = logging.getLogger(__name__)
+
+OPTIONAL = ("ideal_gains", "teacher_scores")
+"""Columns that a batch has for all of its lists or for none."""
 
 
 def candidate_rows(
@@ -46,9 +58,14 @@ def candidate_rows(
     """
     import datasets
 
+    given: dict[str, bool] = {}  # by the first row
+
     def convert(row: Any, index: int) -> dict[str, Any]:
-        row = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+        row = {field.name: getattr(row, field.name) for field in fields(row)} if is_dataclass(row) else row
         checked = checked_row(row, f"{name} row {index}", k=k, teacher=teacher, scored=scored)
+        for column in OPTIONAL:
+            if given.setdefault(column, column in checked) != (column in checked):
+                raise RowError(f"{name} row {index}: some rows have {column} and others not; give them in all or none")
         others = {key: value for key, value in row.items() if key not in checked} if keep else {}
         counted = scored or any(gain > 0 for gain in checked["gains"])
         return {**others, **checked, "row": index, "counted": counted}
@@ -86,19 +103,15 @@ def checked_row(
         k, teacher, scored: see `candidate_rows`.
 
     Raises:
-        RowError: a column is missing, empty, of the wrong length or no number, a document occurs twice, a positive is
-            not in the list, or the list is shorter than `k`.
+        RowError: a column is missing, empty, of the wrong length or no number, an id or a text occurs twice, a positive
+            is not in the list, `ideal_gains` are not those of all, or the list is shorter than `k`.
     """
     where = f"{where} (query {row['query_id']})" if row.get("query_id") is not None else where
-    query, documents = row.get("query"), row.get("documents")
+    query = row.get("query")
     if not isinstance(query, str) or not query.strip():
         raise RowError(f"{where}: query must be a text that is not empty, got {query!r}")
-    if isinstance(documents, str) or not isinstance(documents, Sequence) or not documents:
-        raise RowError(f"{where}: documents must be a list of texts, got {_short(documents)}")
-    for place, document in enumerate(documents):
-        if not isinstance(document, str) or not document.strip():
-            raise RowError(f"{where}: document {place} is no text or empty ({document!r}); take it out of the list")
-    _refuse_twice(documents, where)
+    names, texts = _checked_documents(row, where)
+    documents = row["documents"]
     if k is not None and len(documents) < k:
         raise RowError(
             f"{where}: k={k} is larger than its list of {len(documents)} documents; lower k, or give it more candidates"
@@ -106,49 +119,92 @@ def checked_row(
     found: dict[str, Any] = {"query": query, "documents": list(documents)}
     if row.get("gains") is None and not scored:
         raise RowError(f"{where}: gains are missing; give one number for each document, above 0 where it is relevant")
-    found["gains"] = _numbers(row.get("gains") or [0.0] * len(documents), "gains", where, len(documents))
-    if any(gain < 0 for gain in found["gains"]):
-        raise RowError(f"{where}: gains must not be negative, got {min(found['gains']):g}; 0 is not relevant")
+    found["gains"] = [0.0] * len(documents)
+    if row.get("gains") is not None:
+        found["gains"] = _gains(row["gains"], "gains", where, names)
     if row.get("ideal_gains") is not None:
-        found["ideal_gains"] = _numbers(row["ideal_gains"], "ideal_gains", where, None)
+        found["ideal_gains"] = _gains(row["ideal_gains"], "ideal_gains", where, None)
+        _check_ideal(found["ideal_gains"], found["gains"], where)
     if teacher and row.get("teacher_scores") is None:
         raise RowError(f"{where}: teacher_scores are missing; give one number for each document, or another loss_type")
     if row.get("teacher_scores") is not None:
-        found["teacher_scores"] = _numbers(row["teacher_scores"], "teacher_scores", where, len(documents))
-    _check_positives(row, documents, where)
+        found["teacher_scores"] = _numbers(row["teacher_scores"], "teacher_scores", where, names)
+    ids = () if row.get("document_ids") is None else names
+    _check_positives(row.get("positives") or (), {*ids, *texts}, where)
     return found
 
 
-def _refuse_twice(documents: Sequence[str], where: str) -> None:
+def _checked_documents(row: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
+    """What messages call the documents (by id, else by place from 0), and the texts to compare them by."""
+    documents, ids = row.get("documents"), row.get("document_ids")
+    if isinstance(documents, str) or not isinstance(documents, Sequence) or not documents:
+        raise RowError(f"{where}: documents must be a list of texts, got {_short(documents)}")
+    for column in ("document_ids", "judged"):
+        if row.get(column) is not None:
+            _check_length(row[column], column, where, len(documents))
+    names = [str(name) for name in (range(len(documents)) if ids is None else ids)]
+    for name, document in zip(names, documents, strict=True):
+        if not isinstance(document, str) or not document.strip():
+            raise RowError(f"{where}: document {name} is no text or empty ({document!r}); take it out of the list")
+    _refuse_twice(names, [f"{place} ({name})" for place, name in enumerate(names)], "have the same id", where)
+    texts = [text_key(document) for document in documents]
+    _refuse_twice(texts, names, "are the same text and would share its probability", where)
+    return names, texts
+
+
+def _refuse_twice(values: Sequence[str], names: Sequence[str], problem: str, where: str) -> None:
     first: dict[str, int] = {}
-    for place, document in enumerate(documents):
-        if document in first:
-            raise RowError(
-                f"{where}: documents {first[document]} and {place} are the same text and would share its probability; "
-                "keep one of them"
-            )
-        first[document] = place
+    for place, value in enumerate(values):
+        earlier = first.setdefault(value, place)
+        if earlier != place:
+            raise RowError(f"{where}: documents {names[earlier]} and {names[place]} {problem}; keep one of them")
 
 
-def _check_positives(row: Mapping[str, Any], documents: Sequence[str], where: str) -> None:
-    present = {*documents, *(row.get("document_ids") or ())}
-    for positive in row.get("positives") or ():
-        if positive not in present:
+def _check_ideal(ideal: Sequence[float], gains: Sequence[float], where: str) -> None:
+    """A list that is better than the ideal would earn more than the whole reward."""
+    best = sorted(ideal, reverse=True)
+    for place, gain in enumerate(sorted((gain for gain in gains if gain > 0), reverse=True)):
+        if place >= len(best) or best[place] < gain:
             raise RowError(
-                f"{where}: its positive {_short(positive)} is not among its documents; add it, or drop the query, or "
-                "give ideal_gains and leave positives out to train on what was retrieved"
+                f"{where}: its list has a gain of {gain:g} that ideal_gains lack; give those of all relevant "
+                "documents, the list's among them, or leave ideal_gains out"
             )
 
 
-def _numbers(values: Any, column: str, where: str, length: int | None) -> list[float]:
+def _check_positives(positives: Sequence[Any], present: set[str], where: str) -> None:
+    for positive in positives:
+        if str(positive) not in present and text_key(str(positive)) not in present:
+            raise RowError(
+                f"{where}: its positive {_short(positive)} is not among its documents; add it (mine with "
+                "positives='guaranteed'), or drop the query, or give ideal_gains and leave positives out to train on "
+                "what was retrieved"
+            )
+
+
+def _gains(values: Any, column: str, where: str, names: Sequence[str] | None) -> list[float]:
+    numbers = _numbers(values, column, where, names)
+    if any(number < 0 for number in numbers):
+        place = next(i for i, number in enumerate(numbers) if number < 0)
+        of = "" if names is None else f" for document {names[place]}"
+        raise RowError(f"{where}: {column} must not be negative, got {numbers[place]:g}{of}; 0 is not relevant")
+    return numbers
+
+
+def _numbers(values: Any, column: str, where: str, names: Sequence[str] | None) -> list[float]:
+    """Finite numbers, one for each of the names if there are any."""
+    _check_length(values, column, where, None if names is None else len(names))
+    for place, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            of = "" if names is None or names[place] == str(place) else f" of document {names[place]}"
+            raise RowError(f"{where}: {column}[{place}]{of} is {value!r}, which is no finite number")
+    return [float(value) for value in values]
+
+
+def _check_length(values: Any, column: str, where: str, length: int | None) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise RowError(f"{where}: {column} must be a list of numbers, got {_short(values)}")
+        raise RowError(f"{where}: {column} must be a list, got {_short(values)}")
     if length is not None and len(values) != length:
         raise RowError(f"{where}: {length} documents and {len(values)} {column}; give one for each document")
-    for place, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RowError(f"{where}: {column}[{place}] is {value!r}, which is no finite number")
-    return [float(value) for value in values]
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ def convert_rows(
     import datasets
 
     if isinstance(data, datasets.IterableDataset):
-        columns = list(data.column_names or next(iter(data)))
+        columns = list(data.column_names or next(iter(data), ()))
         return data.map(convert, with_indices=True, remove_columns=columns)
     if isinstance(data, datasets.Dataset):
         return _map_cached(data, convert, settings, in_memory)

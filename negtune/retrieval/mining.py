@@ -7,14 +7,12 @@ relevant, as no retriever found it.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from negtune.data.completions import RowError
 from negtune.data.retrieval import RetrievalTask, text_key
 from negtune.records import RecordError, read_jsonl, write_jsonl
 from negtune.retrieval.retrievers import Retriever
@@ -173,71 +171,9 @@ def read_lists(path: str | Path) -> list[CandidateList]:
 
 
 def to_rows(lists: Iterable[CandidateList]) -> list[dict[str, Any]]:
-    """Rows to train on: `query_id`, `query`, `document_ids`, `documents`, `gains`, `judged`, `ideal_gains`."""
+    """Rows to train on, as `data.candidates` describes and checks them, without where the documents were found."""
     names = ("query_id", "query", "document_ids", "documents", "gains", "judged", "ideal_gains")
     return [{name: getattr(one, name) for name in names} for one in lists]
-
-
-def check_lists(
-    lists: Iterable[CandidateList | Mapping[str, Any]],
-    k: int | None = None,
-    *,
-    positives: Mapping[str, Iterable[str]] | None = None,
-) -> None:
-    """Refuse lists that a ranker cannot be trained on, before any weight moves.
-
-    Args:
-        lists: of `mine`, or rows as `to_rows` gives them; `document_ids`, `judged` and `query_id` may be absent.
-        k: cut-off of the metric, which no list may be shorter than.
-        positives: query id to ids of documents that its list must hold; needs `document_ids`.
-
-    Raises:
-        RowError: by query: no query text, no document, a document without text or twice in its list, columns of
-            different lengths, a gain that is negative or no number, no positive, a positive that is missing, or a list
-            shorter than `k`.
-    """
-    for place, one in enumerate(lists):
-        row = vars(one) if isinstance(one, CandidateList) else one
-        where = f"query {row['query_id']}" if "query_id" in row else f"row {place}"
-        if problem := _problem_of(row, k, (positives or {}).get(row.get("query_id", ""), ())):
-            raise RowError(f"{where}: {problem}")
-
-
-def _problem_of(row: Mapping[str, Any], k: int | None, positives: Iterable[str]) -> str | None:
-    for name in ("query", "documents", "gains"):
-        if row.get(name) is None:
-            return f"there is no column {name!r}; a list has query, documents and gains"
-    documents, gains, ids = row["documents"], row["gains"], row.get("document_ids")
-    if not row["query"].strip():
-        return "the query is empty; write its text or drop the list"
-    if not documents:
-        return "the list has no document; drop it"
-    for name in ("gains", "judged", "document_ids"):
-        if row.get(name) is not None and len(row[name]) != len(documents):
-            return f"{len(row[name])} {name} for {len(documents)} documents; there must be one for each"
-    for names, what in ((ids or [], "id"), ([text_key(text) for text in documents], "text")):
-        places: dict[str, int] = {}
-        for i, name in enumerate(names):
-            if not name:
-                return f"document {_name(ids, i)} has no {what}; drop it from the list"
-            if places.setdefault(name, i) != i:
-                return (
-                    f"documents {_name(ids, places[name])} and {_name(ids, i)} have the same {what}; drop one of them"
-                )
-    for i, gain in enumerate(gains):
-        if not isinstance(gain, int | float) or not math.isfinite(gain) or gain < 0:
-            return f"gain {gain} of document {_name(ids, i)} is no number of at least 0; repair it"
-    if not any(gains):
-        return "no document has a gain above 0, so that every order is as good; drop the list"
-    if missing := [document_id for document_id in positives if document_id not in (ids or [])]:
-        return f"positive {missing[0]} is not in its list; mine with positives='guaranteed' and more n_documents"
-    if k is not None and k > len(documents):
-        return f"k={k} is more than the {len(documents)} documents of the list; lower k or mine longer lists"
-    return None
-
-
-def _name(ids: Sequence[str] | None, i: int) -> str:
-    return str(ids[i]) if ids else f"number {i} (from 0)"
 
 
 Hits = dict[int, tuple[int, float]]

@@ -1,17 +1,17 @@
-"""Candidate lists: what is in them, what is said of it, and what a trainer refuses."""
+"""Candidate lists: what is in them, what is said of it, and that a trainer takes it."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
+import json
 
 import pytest
 
-from negtune.data.completions import RowError
+from negtune.data.candidates import candidate_rows
 from negtune.data.retrieval import RetrievalTask, load_beir, synthetic_retrieval
 from negtune.records import RecordError
 from negtune.retrieval import retrievers
-from negtune.retrieval.mining import CandidateList, check_lists, mine, read_lists, to_rows, write_lists
+from negtune.retrieval.mining import mine, read_lists, to_rows, write_lists
 from negtune.retrieval.retrievers import BM25Retriever, RunRetriever
 
 CORPUS = {name: f"text of {name}" for name in "abcdefghij"}
@@ -41,7 +41,7 @@ def test_a_list_says_of_every_document_what_is_known():
     assert by_id(first, first.scores["dense"]) == {"a": None, "b": None, "d": 0.9, "e": None, "g": 0.8, "h": 0.7}
     assert not first.guaranteed
     assert by_id(second, second.ranks["dense"])["c"] == 1
-    check_lists([first, second], k=4)  # the second has c, d, a and e
+    assert len(candidate_rows([first, second], k=4)) == 2  # the second has c, d, a and e
 
 
 def test_retrievers_take_turns_by_rank():
@@ -94,7 +94,8 @@ def test_guaranteed_positives_are_put_in_and_marked():
     assert second.ranks == {"words": [{"c": None, "d": 1, "e": 2}[d] for d in second.document_ids]}
     assert (mined.missing, mined.without_positive) == ({}, [])
     assert mined.counts()["lists_with_added_positives"] == 2
-    check_lists(mined.lists, positives={query_id: TASK.positives(query_id) for query_id in TASK.queries})
+    rows = [{**row, "positives": list(TASK.positives(row["query_id"]))} for row in to_rows(mined.lists)]
+    assert len(candidate_rows(rows)) == 2
 
 
 def test_of_too_many_positives_those_with_the_highest_gains_and_then_retrieved_ones_stay():
@@ -135,7 +136,7 @@ def test_texts_of_positives_are_no_negatives_and_equal_negatives_come_once():
     assert sorted(mined.lists[0].document_ids) == ["a", "b", "e", "h", "i"]  # j itself was not retrieved
     assert mined.duplicates["1"] == ["d", "g", "f"]
     assert mined.missing == {"1": ["j"]}
-    check_lists(mined.lists)
+    assert len(candidate_rows(mined.lists)) == len(mined.lists)
 
 
 def test_equal_positives_are_one_and_none_of_them_is_missing():
@@ -192,55 +193,30 @@ def test_lists_come_back_from_their_file(tmp_path):
 def test_rows_have_what_a_trainer_needs_and_no_more():
     lists = mine(TASK, BOTH).lists
     rows = to_rows(lists)
-    assert sorted(rows[0]) == ["documents", "gains", "judged", "query", "query_id"]
+    names = ["document_ids", "documents", "gains", "ideal_gains", "judged", "query", "query_id"]
+    assert sorted(rows[0]) == names
     assert rows[1]["documents"] is lists[1].documents
-    check_lists(rows, k=2)
+    assert list(candidate_rows(rows, k=2)) == list(candidate_rows(lists, k=2))
 
 
-GOOD = CandidateList("7", "q", ["a", "b"], ["x", "y"], [1.0, 0.0], [True, False], {}, {}, [False, False])
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"query": " "}, "query 7: the query is empty; write its text or drop the list"),
-        ({"documents": [], "document_ids": [], "gains": [], "judged": []}, "query 7: the list has no document"),
-        ({"gains": [1.0]}, "query 7: 1 gains for 2 documents; there must be one for each"),
-        ({"judged": [True]}, "query 7: 1 judged for 2 documents"),
-        ({"document_ids": ["a"]}, "query 7: 1 document_ids for 2 documents"),
-        ({"documents": ["x", " "]}, "query 7: document b has no text; drop it from the list"),
-        ({"document_ids": ["a", "a"]}, "query 7: documents a and a have the same id; drop one of them"),
-        ({"documents": ["x", " x"]}, "query 7: documents a and b have the same text"),
-        ({"gains": [1.0, math.nan]}, "query 7: gain nan of document b is no number of at least 0"),
-        ({"gains": [1.0, -1.0]}, "query 7: gain -1.0 of document b is no number of at least 0"),
-        ({"gains": [1.0, None]}, "query 7: gain None of document b is no number"),
-        ({"gains": None}, "query 7: there is no column 'gains'"),
-        ({"gains": [0.0, 0.0]}, "query 7: no document has a gain above 0"),
-    ],
-)
-def test_a_list_that_cannot_be_trained_on_is_named(changed, message):
-    with pytest.raises(RowError) as raised:
-        check_lists([GOOD, vars(GOOD) | changed])
-    assert str(raised.value).startswith(message)
-
-
-def test_a_list_shorter_than_k_or_without_a_positive_it_should_hold_is_named():
-    check_lists([GOOD], k=2, positives={"7": ["a"], "8": ["z"]})
-    with pytest.raises(RowError, match="query 7: k=3 is more than the 2 documents of the list; lower k"):
-        check_lists([GOOD], k=3)
-    with pytest.raises(RowError, match="query 7: positive z is not in its list; mine with positives='guaranteed'"):
-        check_lists([GOOD], positives={"7": ["a", "z"]})
-
-
-def test_rows_without_ids_are_named_by_their_place():
-    row = {"query": "q", "documents": ["x", "y"], "gains": [1, 0]}
-    check_lists([row])
+def test_lists_without_the_ideal_of_their_query_have_to_be_mined_again(tmp_path):
+    old = {name: value for name, value in vars(mine(TASK, BOTH).lists[0]).items() if name != "ideal_gains"}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(old) + "\n")
     with pytest.raises(
-        RowError, match=r"row 1: documents number 0 \(from 0\) and number 1 \(from 0\) have the same text"
+        RecordError, match=r"lists\.jsonl, list 1 is no candidate list .*'ideal_gains'.*; mine it again"
     ):
-        check_lists([row, row | {"documents": ["x", "x"]}])
-    with pytest.raises(RowError, match="row 0: there is no column 'gains'"):
-        check_lists([{"query": "q", "documents": ["x"]}])
+        read_lists(tmp_path / "lists.jsonl")
+
+
+def test_the_ideal_holds_relevant_documents_that_the_list_lacks():
+    gains = {"j": 1.0, "a": 1.0, "d": 2.0, "b": 0.0, "i": 3.0}
+    task = RetrievalTask(CORPUS, {"1": "first"}, {"1": gains})
+    for settings in ({}, {"max_positives": 1}, {"positives": "guaranteed"}, {"depth": 1}):
+        (one,) = mine(task, BOTH, n_documents=4, **settings).lists
+        assert one.ideal_gains == [3.0, 2.0, 1.0, 1.0]  # j was not retrieved, and no list has room for all
+        assert sum(gain > 0 for gain in one.gains) < 4
+        (row,) = candidate_rows([one])
+        assert row["ideal_gains"] == one.ideal_gains
 
 
 needs_bm25s = pytest.mark.skipif(importlib.util.find_spec("bm25s") is None, reason=f"needs bm25s: {retrievers.INSTALL}")
@@ -250,7 +226,7 @@ needs_bm25s = pytest.mark.skipif(importlib.util.find_spec("bm25s") is None, reas
 def test_synthetic_lists_hold_positives_and_hard_negatives():
     task = synthetic_retrieval()
     mined = mine(task, [BM25Retriever(task.corpus)], n_documents=8, max_positives=4)
-    check_lists(mined.lists, k=8)
+    assert len(candidate_rows(mined.lists, k=8)) == len(mined.lists)
     assert len(mined.lists) == 44  # of 48; the others share no word with what they look for
     assert all(1 <= sum(gain > 0 for gain in one.gains) <= 4 and len(one.gains) == 8 for one in mined.lists)
 
@@ -261,8 +237,8 @@ def test_lists_of_real_collections_pass_the_check(data_dir):
         task = load_beir(data_dir / name, split, empty="keep")
         mined = mine(task, [BM25Retriever(task.corpus)], depth=50, n_documents=16, max_positives=8)
         # a query of a few rare words shares them with a few documents only
-        check_lists([one for one in mined.lists if one.query_id not in mined.short], k=16)
-        check_lists(mined.lists, k=2)
+        candidate_rows([one for one in mined.lists if one.query_id not in mined.short], k=16)
+        assert len(candidate_rows(mined.lists, k=2)) == len(mined.lists)
         assert len(mined.short) < 0.05 * len(task.queries)
         assert len(mined.lists) + len(mined.without_positive) == len(task.queries)
         assert len(mined.lists) > 0.8 * len(task.queries)

@@ -1,7 +1,8 @@
 """Every sentence-transformers name this project leans on that is not in its public documentation; `tests/contracts`
 pins them.
 
-- `CachedLossMixin`: GradCache in two passes with replayed random states; `embed_minibatch` and `calculate_loss` are ours.
+- `CachedLossMixin`: GradCache in two passes with replayed random states; `embed_minibatch` and `calculate_loss` are
+  ours. `RandContext`, `create_minibatch`: such a state, and a part of a batch.
 - `embed_columns`: like-wide columns in one forward pass.
 - `BaseTrainer`, `BaseTrainingArguments`, `BaseEvaluator`: what the trainers of its kinds of model share.
 """
@@ -25,7 +26,12 @@ if not Version("6.2") <= Version(sentence_transformers.__version__) < Version("7
     )
 
 from sentence_transformers.base.evaluation import BaseEvaluator
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, _create_minibatch, has_static_embedding_input
+from sentence_transformers.base.losses.gradcache import (
+    CachedLossMixin,
+    RandContext,
+    _create_minibatch,
+    has_static_embedding_input,
+)
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
@@ -40,6 +46,7 @@ __all__ = [
     "BaseTrainingArguments",
     "CachedLossMixin",
     "MultiVectorEncoder",
+    "RandContext",
     "colbert_scores_pairwise",
     "create_minibatch",
     "embed_columns",

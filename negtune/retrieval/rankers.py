@@ -62,7 +62,7 @@ def causal_reranker(
     model_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal LM as a cross-encoder: a pair's score is logit(yes) - logit(no) behind the instruction, query and document.
+    """A causal LM as a cross-encoder: the score is logit(yes) - logit(no) behind the instruction, query and document.
 
     Nothing is generated. The prompt is the model's own chat format around `instruction`, kept as the chat template of
     the returned model, so that a saved one is an ordinary sentence-transformers `CrossEncoder`. A document that is too

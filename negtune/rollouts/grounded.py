@@ -57,8 +57,8 @@ class GroundedReward:
         for row, ranking in enumerate(rankings):
             if len(ranking) < self.documents:
                 raise ValueError(
-                    f"the generator is to see {self.documents} documents and ranking {row} has {len(ranking)}; raise k, "
-                    "or lower documents"
+                    f"the generator is to see {self.documents} documents and ranking {row} has {len(ranking)}; "
+                    "raise k, or lower documents"
                 )
         fresh = {key: row for row, key in enumerate(keys) if key not in self._known}
         if fresh:

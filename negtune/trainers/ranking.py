@@ -28,8 +28,8 @@ from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
 
 RankingReward = Callable[..., Sequence[float | None]]
-"""`(queries, rankings, **columns) -> rewards`: texts of the first k documents, best first, for each query; columns of the
-data set, one value for each. None: could not be scored."""
+"""`(queries, rankings, **columns) -> rewards`: texts of the first k documents, best first, for each query; columns of
+the data set, one value for each. None: could not be scored."""
 
 PROGRESS = (
     ("step", "step", "{:d}"),

@@ -1,4 +1,4 @@
-"""What the retrieval recipes share: a task split by query, candidates mined from the start, and how a model is measured."""
+"""What the retrieval recipes share: a task split by query, lists mined from the start, and how a model is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimators against exact sums over all rankings (checks P1 to P6 of the notes on PG-RANK), then limits and nonsense."""
+"""Estimators against exact sums over all rankings (checks P1 to P6 of the notes on PG-RANK); limits and nonsense."""
 
 from itertools import permutations
 from math import exp, log

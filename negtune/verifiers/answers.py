@@ -21,6 +21,9 @@ _STATED = re.compile(
 )
 _LETTER = re.compile(r"\(([A-Z])\)|(?<![A-Za-z])([A-Z])(?=\s*(?:[.,;:!)*]|$|\bor\b|\band\b))")
 """A choice, and no pronoun or article: in brackets, or before a stop."""
+_HASHES = re.compile(r"^####\s*+(.*\S)", re.MULTILINE)
+_CONTRAST = re.compile(r"(?:,|(?<!\s))\s++(?:not|rather than|instead of|and not)\s")
+"""Tried once for each run of white space, however long it is."""
 _CHOICE_STATED = re.compile(r"\b(?:answer|option|choice|correct)\b[^.\n]{0,30}?(?:\bis\b|:|=)?\s*(.+)", re.I)
 
 
@@ -38,9 +41,12 @@ def find_answer(text: str, mode: Mode = "auto") -> str | None:
         return _choice(text)
     if mode == "last_number":
         return _last(re.findall(_NUMBER, text))
-    boxed = _boxed(text)
-    if boxed or mode == "boxed":
-        return boxed[-1] if len({_canonical(b) for b in boxed}) == 1 else None
+    boxed = boxes(text)
+    if boxed:
+        last = _canonical(text[boxed[-1]])
+        return text[boxed[-1]] if all(_canonical(text[box]) == last for box in boxed) else None
+    if mode == "boxed":
+        return None
     for find in (_hashes, _stated, _bold, _single_line, _last_number_undenied):
         found = find(text)
         if found is not None:
@@ -51,7 +57,7 @@ def find_answer(text: str, mode: Mode = "auto") -> str | None:
 def find_word(text: str, words: Sequence[str]) -> str | None:
     """Which one of a few words (yes and no) `text` commits to: where an answer is stated, else in all of it."""
     text = _committed(text)
-    for part in (*_boxed(text)[-1:], _stated(text) or "", text):
+    for part in (*(text[box] for box in boxes(text)[-1:]), _stated(text) or "", text):
         found = {word for word in words if re.search(rf"\b{word}\b", part, re.I)}
         if found:
             return found.pop() if len(found) == 1 else None
@@ -60,9 +66,9 @@ def find_word(text: str, words: Sequence[str]) -> str | None:
 
 def find_gold(text: str) -> str:
     """The answer of a solution written by the data set's authors: `\\boxed{}`, `#### answer`, or the text itself."""
-    boxed = _boxed(text)
+    boxed = boxes(text)
     if boxed:
-        return boxed[-1]
+        return text[boxed[-1]]
     return _hashes(text) or text.strip()
 
 
@@ -85,6 +91,31 @@ def answer_blocks(text: str) -> list[str]:
     return blocks
 
 
+def boxes(text: str) -> list[slice]:
+    """Where each `\\boxed{}` that is closed and not empty has its content, in one pass however many are never closed.
+
+    Slices, since boxes in boxes hold far more text together than there is.
+    """
+    opened: list[int] = []
+    closed: dict[int, int] = {}
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened:
+            closed[opened.pop()] = brace.start()
+    starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text) if match.end() in closed]
+    found = (_without_space(text, start, closed[start]) for start in starts)
+    return [box for box in found if box.start < box.stop]
+
+
+def _without_space(text: str, start: int, stop: int) -> slice:
+    while start < stop and text[start].isspace():
+        start += 1
+    while start < stop and text[stop - 1].isspace():
+        stop -= 1
+    return slice(start, stop)
+
+
 def _committed(text: str) -> str:
     """What follows the reasoning; inside <answer> tags, if all pairs of them hold the same."""
     text = after_thinking(text)
@@ -94,20 +125,8 @@ def _committed(text: str) -> str:
     return text
 
 
-def _boxed(text: str) -> list[str]:
-    found = []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth, start = 1, match.end()
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                found.append(text[start:i].strip())
-                break
-    return [b for b in found if b]
-
-
 def _hashes(text: str) -> str | None:
-    return _last(re.findall(r"^####\s*(.+?)\s*$", text, re.MULTILINE))
+    return _last(_HASHES.findall(text))
 
 
 def _stated(text: str) -> str | None:
@@ -119,7 +138,7 @@ def _stated(text: str) -> str | None:
                 found = _trimmed(match[1])
     if found is None:
         return None
-    found = re.split(r",?\s+(?:not|rather than|instead of|and not)\s", found)[0]
+    found = _CONTRAST.split(found, maxsplit=1)[0]
     if re.search(r"\bor\b", found) or _DENIAL.search(found):
         return ""
     return found if len(found.split()) <= 4 or "$" in found else _first_value(found) or ""
@@ -169,9 +188,9 @@ def _choice(text: str) -> str | None:
 
 
 def _choice_parts(text: str) -> Iterator[str]:
-    boxed = _boxed(text)
+    boxed = boxes(text)
     if boxed:
-        yield " ".join(boxed)
+        yield " ".join(text[box] for box in boxed)
         return
     stated = [m[1] for line in text.splitlines() for m in _CHOICE_STATED.finditer(line) if not _DENIAL.search(m[0])]
     if stated:

@@ -190,7 +190,7 @@ def _choice(text: str) -> str | None:
 def _choice_parts(text: str) -> Iterator[str]:
     boxed = boxes(text)
     if boxed:
-        yield " ".join(text[box] for box in boxed)
+        yield "; ".join(text[box] for box in boxed)  # each box ends like the text does
         return
     stated = [m[1] for line in text.splitlines() for m in _CHOICE_STATED.finditer(line) if not _DENIAL.search(m[0])]
     if stated:

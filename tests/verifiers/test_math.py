@@ -64,6 +64,9 @@ def test_modes_look_in_one_place_only():
     [
         ("The answer is (C).", "C"),
         (r"\boxed{B}", "B"),
+        (r"\boxed{B}, that is \boxed{(B)}", "B"),
+        (r"\boxed{B} or else \boxed{C}", None),
+        (r"\boxed{(B)} or else \boxed{C}", None),
         ("b", "B"),
         ("A is too small, so the correct option is D", "D"),
         ("It could be A or B", None),

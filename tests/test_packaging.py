@@ -8,8 +8,18 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from negtune.cli.doctor import EXTRAS
+from negtune.retrieval import encoder
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_make_installs_the_models_in_the_versions_that_messages_name():
+    makefile = (ROOT / "Makefile").read_text()
+    (line,) = [line for line in makefile.splitlines() if "--no-deps" in line]
+    for command in (encoder.INSTALL_MINILM, encoder.INSTALL_WORDLLAMA, EXTRAS["demo"].install):
+        assert f'"{command.split()[-1]}"' in line
 
 
 @pytest.fixture(scope="module")

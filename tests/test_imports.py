@@ -39,11 +39,15 @@ for name in {MODULES}:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         print(name, error, sep="|")
+try:
+    from negtune import RankingTrainer
+except ModuleNotFoundError as error:
+    print("from negtune", error, sep="|")
 """
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     said = "training retrievers needs sentence-transformers; run: pip install 'negtune[retrieval]'"
     found = dict(line.split("|") for line in output.stdout.splitlines())
-    assert found == dict.fromkeys(NEED_SENTENCE_TRANSFORMERS, said)
+    assert found == dict.fromkeys({*NEED_SENTENCE_TRANSFORMERS, "from negtune"}, said)
 
 
 def test_every_folder_with_code_is_a_package():
@@ -63,6 +67,7 @@ def test_imports_only_look_down():
 
 @pytest.mark.parametrize("statement", ["import negtune", "from negtune.cli.main import main"])
 def test_start_up_loads_neither_torch_nor_transformers(statement):
-    code = f"{statement}; import sys; print({{'torch', 'transformers', 'trl', 'numpy'}} & set(sys.modules))"
+    heavy = {"torch", "transformers", "trl", "numpy", "sentence_transformers"}
+    code = f"{statement}; import sys; print({heavy} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "set()"

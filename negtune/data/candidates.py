@@ -27,6 +27,7 @@ from negtune.data.retrieval import text_key
 
 logger = logging.getLogger(__name__)
 
+_RULES = 2  # of this file: rows checked by other rules are not read from a cache
 OPTIONAL = ("ideal_gains", "teacher_scores")
 """Columns that a batch has for all of its lists or for none."""
 
@@ -39,6 +40,7 @@ def candidate_rows(
     teacher: bool = False,
     scored: bool = False,
     keep: bool = False,
+    in_memory: bool = False,
 ) -> Any:
     """Checked rows, those that say nothing left out and counted.
 
@@ -48,7 +50,8 @@ def candidate_rows(
         k: places that count: no list may be shorter. None: any length.
         teacher: whether `teacher_scores` are needed.
         scored: a reward function scores rankings: `gains` may be absent, and lists without a relevant document stay.
-        keep: keep the other columns, for a reward function.
+        keep: keep the other columns, for a reward function. In a stream they have the types of the first row.
+        in_memory: keep the rows out of the Arrow cache on disk (private data).
 
     Returns:
         The same kind of data set with `query`, `documents`, `gains`, and `ideal_gains` and `teacher_scores` if given.
@@ -72,7 +75,7 @@ def candidate_rows(
 
     if data is None:
         raise RowError(f"the {name} set is missing: pass rows with query, documents and gains")
-    rows = convert_rows(data, convert, ["candidates", name, k, teacher, scored, keep], False)
+    rows = convert_rows(data, convert, ["candidates", _RULES, name, k, teacher, scored, keep], in_memory)
     if isinstance(rows, datasets.IterableDataset):
         first = next(iter(rows), None)
         if first is None:

@@ -202,11 +202,11 @@ class RankingLoss(CachedLossMixin, nn.Module):
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Lists, *, with_backward: bool = False) -> Tensor:
         """The loss from embeddings (or pair scores) of each column in mini-batches, down to them if asked."""
         lists = self._pooled(labels) if self.in_batch else labels
-        loss = self._loss(self._scores(reps, lists), lists)
-        if with_backward:
-            loss.backward()
-            return loss.detach()
-        return loss
+        with torch.autocast(lists.mask.device.type, enabled=False):
+            loss = self._loss(self._scores(reps, lists), lists)
+            if with_backward:
+                loss.backward()
+        return loss.detach() if with_backward else loss
 
     def embed_minibatch(self, sentence_feature, begin, end, with_grad, copy_random_state, random_state=None):
         """As in the host, for all kinds of model."""

@@ -89,7 +89,7 @@ class RankingTrainer(BaseTrainer):
     ) -> None:
         args = copy.copy(args) if args is not None else RankingConfig(output_dir="trainer_output")
         settings = {"k": args.places, "teacher": args.needs_teacher and objective is None}
-        self._rows_of = _Rows(**settings, scored=reward_fn is not None)
+        self._rows_of = _Rows(**settings, scored=reward_fn is not None, in_memory=args.redact)
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
@@ -110,7 +110,7 @@ class RankingTrainer(BaseTrainer):
         self.collate = CandidateCollator(
             model.preprocess,
             loss.kind,
-            prompts=args.prompts,
+            prompts=args.prompts or prompts_of(model, loss.kind),
             max_length=None if has_static_embedding_input(model) else args.max_length,
             keep_rows=reward_fn is not None,
         )
@@ -224,8 +224,8 @@ class RankingTrainer(BaseTrainer):
 class _Rows:
     """What `candidate_rows` makes of a set, or of several by name."""
 
-    def __init__(self, k: int | None, teacher: bool, scored: bool) -> None:
-        self.settings = {"k": k, "teacher": teacher, "scored": scored, "keep": scored}
+    def __init__(self, k: int | None, teacher: bool, scored: bool, in_memory: bool) -> None:
+        self.settings = {"k": k, "teacher": teacher, "scored": scored, "keep": scored, "in_memory": in_memory}
 
     def __call__(self, data: Any, name: str) -> Any:
         if "counted" in (getattr(data, "column_names", None) or ()):
@@ -259,6 +259,16 @@ class _Scored:
             raise ValueError(f"reward_fn got {len(flat)} rankings and returned {len(rewards)} rewards")
         numbers = [float("nan") if reward is None else float(reward) for reward in rewards]
         return torch.tensor(numbers).view(samples, queries)
+
+
+def prompts_of(model: Any, kind: str) -> dict[str, str]:
+    """What `encode_query` and `encode_document` put before texts: training has to see the same."""
+    if kind == "cross_encoder":
+        return {}
+    known, default = dict(model.prompts or {}), getattr(model, "default_prompt_name", None)
+    names = {"query": ("query", default), "document": ("document", "passage", "corpus", default)}
+    found = {side: next((known[n] for n in each if known.get(n)), None) for side, each in names.items()}
+    return {side: prompt for side, prompt in found.items() if prompt}
 
 
 def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, peft_config: Any = None) -> Any:

@@ -22,7 +22,7 @@ class RankingConfig(BaseTrainingArguments):
 
     `per_device_train_batch_size` counts *queries*, each with its list of documents. `bf16` and `gradient_checkpointing`
     default to on where there is an accelerator and off on a CPU. `prompts` is a mapping of `query` and `document`, or
-    for a cross-encoder a text.
+    for a cross-encoder a text; by default those of the model, which searching uses too.
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and records go."})

@@ -100,6 +100,55 @@ def test_the_stock_cross_encoder_trainer_takes_lists_of_any_length(tmp_path):
     assert isinstance(model, CrossEncoder)
 
 
+def test_the_stock_trainer_of_multi_vector_encoders_takes_it_too(tmp_path):
+    from datasets import Dataset
+    from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+
+    model = multi_vector(tmp_path / "model")
+    loss = RankingLoss(model, k=3, mini_batch_size=5)
+    args = MultiVectorEncoderTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        **{"max_steps": 30, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "use_cpu": True},
+        **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 5},
+    )
+    data = Dataset.from_list(columns(rows(200, documents=6)))
+    trainer = MultiVectorEncoderTrainer(model=model, args=args, train_dataset=data, loss=loss)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.03
+
+
+@pytest.mark.parametrize("cached", [None, 3])
+def test_under_bfloat16_autocast_scores_and_loss_are_float32(tmp_path, cached):
+    model = bi_encoder(tmp_path / "model").train()
+    loss = RankingLoss(model, "list_net", mini_batch_size=cached)
+    whole = gradients(model, RankingLoss(model, "list_net"), rows(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, loss, rows(4))
+    assert found[0].dtype == torch.float32
+    assert abs(found[0].item() - whole[0].item()) < 0.05
+    flat = [torch.cat([g.flatten() for g in gradients.values()]) for _, gradients in (found, whole)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.97
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["forward", "down to the embeddings"])
+def test_autocast_does_not_reach_the_scores(down):
+    """Of embeddings that are float32 nothing may be rounded to bfloat16 behind them."""
+    model = static_encoder()
+    loss = RankingLoss(model, "list_net")
+    features, lists = batch_of(model, loss, rows(4))
+    found = []
+    for enabled in (False, True):
+        reps = [[model(dict(f))["sentence_embedding"].detach().requires_grad_()] for f in features]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = loss.calculate_loss(reps, lists, with_backward=down)
+        if not down:
+            value.backward()
+        found.append((value.detach(), reps[0][0].grad, reps[1][0].grad))
+    for plain, cast in zip(*found, strict=True):
+        torch.testing.assert_close(plain, cast, atol=0, rtol=0)
+
+
 def test_columns_and_lists_are_the_same_batch(tmp_path):
     model = bi_encoder(tmp_path / "model")
     made = rows(4, documents=5)

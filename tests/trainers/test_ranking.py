@@ -285,6 +285,25 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
 
 
+@pytest.mark.parametrize("given", [None, {"query": "w9 w8 ", "document": "w7 "}])
+def test_texts_are_trained_with_the_prompts_that_searching_puts_before_them(tmp_path, given):
+    """Scores of a batch are those of encode_query and encode_document of the model with these prompts."""
+    model = bi_encoder(tmp_path / "model").eval()
+    model.prompts = {"query": "w1 w2 ", "document": "w3 ", "other": "w5 "}
+    args = config(tmp_path / "run", prompts=given, scale=1.0)
+    trainer = RankingTrainer(model=model, args=args, train_dataset=rows(3, documents=4))
+    batch = trainer.collate([{**row, "row": 0} for row in rows(3, documents=4)])
+    from negtune.trainers.ranking import _lists
+
+    with torch.no_grad():
+        scores = trainer.loss.scores(batch["features"], _lists(batch))
+    model.prompts = given or model.prompts
+    for row, found in zip(rows(3, documents=4), scores, strict=True):
+        query = model.encode_query([row["query"]], convert_to_tensor=True)
+        documents = model.encode_document(row["documents"], convert_to_tensor=True)
+        torch.testing.assert_close(found, model.similarity(query, documents)[0], atol=1e-5, rtol=0)
+
+
 # --- Adapters ---------------------------------------------------------------------------------------------------------
 
 

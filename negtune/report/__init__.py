@@ -55,4 +55,4 @@ def _plots(folder: RunFolder) -> tuple[list[Plot], str | None]:
         return [], WITHOUT_MATPLOTLIB
     if not plots:
         return [], WITHOUT_NUMBERS
-    return plots, None if plots[0].name in ("probability", "likelihood") else WITHOUT_HISTORY
+    return plots, None if plots[0].name in ("probability", "likelihood", "ranking") else WITHOUT_HISTORY

@@ -75,18 +75,19 @@ def main() -> None:
         folder,
         **{"seed": args.seed, "task": "ranking", "title": "A language model as reranker", "model": name},
         **{"recipe": "recipes/retrieval/llm_reranker.py", "objective": args.loss_type},
-        **{"data": given.data or "made-up topics", "artefact": "the trained reranker"},
+        **{"data": given.data or "made-up topics", "artefact": "the trained reranker", "redacted": args.redact},
         arguments={**vars(given), **args.to_dict()},
     )
     lexical = {query: dict(list(found.items())[: given.depth]) for query, found in bm25_run(test).items()}
     first = evaluate_run(lexical, test.qrels, METRICS)
-    run.add_arm("BM25", with_interval(first, METRICS[0]))
+    if PartialState().is_main_process:
+        run.add_arm("BM25", with_interval(first, METRICS[0]))
 
     def add(arm: str) -> None:
         found = evaluate_reranking(model, test, lexical, metrics=METRICS, depth=given.depth, batch_size=8)
         metrics = with_interval(found, METRICS[0])
-        run.add_arm(arm, {**metrics, **against(found.per_query[METRICS[0]], first.per_query[METRICS[0]], "BM25")})
         if PartialState().is_main_process:
+            run.add_arm(arm, {**metrics, **against(found.per_query[METRICS[0]], first.per_query[METRICS[0]], "BM25")})
             print(f"{arm}: {numbers(found.means)}   (BM25: {numbers(first.means)})", flush=True)
 
     add("start")
@@ -96,8 +97,10 @@ def main() -> None:
         **{"n_documents": given.n_documents, "depth": given.depth, "positives": "guaranteed"},
         **{"max_positives": max(1, given.n_documents // 2), "seed": args.seed},
     )
-    write_lists(folder / "candidates.jsonl", lists.lists)
-    print(lists.counts(), flush=True)
+    if PartialState().is_main_process:
+        print(lists.counts(), flush=True)
+        if not args.redact:
+            write_lists(folder / "candidates.jsonl", lists.lists)
     trainer = RankingTrainer(
         model=model, args=args, train_dataset=to_rows(lists.lists), peft_config=get_peft_config(model_args)
     )

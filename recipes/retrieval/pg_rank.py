@@ -64,6 +64,7 @@ def main() -> None:
     run = Run(
         folder,
         **{"seed": args.seed, "task": "ranking", "title": "Ranking by policy gradient", "paper": PAPER},
+        redacted=args.redact,
         **{"recipe": "recipes/retrieval/pg_rank.py", "objective": args.loss_type, "model": name},
         **{"data": given.data or "made-up topics", "artefact": "the trained encoder"},
         arguments={**vars(given), **args.to_dict()},
@@ -75,14 +76,19 @@ def main() -> None:
         seen[arm] = found.per_query()
         metrics = {**with_interval(found.stages["search"], METRICS[0]), **found.metrics()}
         first = next(iter(seen))
+        if not PartialState().is_main_process:
+            return
         run.add_arm(arm, metrics if arm == first else {**metrics, **against(seen[arm], seen[first], first)})
-        if PartialState().is_main_process:
-            print(f"{arm}: {numbers(found.metrics())}", flush=True)
+        if not args.redact:
+            run.add_answers("found first", found.answers(split.test), arm)
+        print(f"{arm}: {numbers(found.metrics())}", flush=True)
 
     add("start")
     lists = mined(model, split.train, n_documents=given.n_documents, seed=args.seed, bm25=True)
-    write_lists(folder / "candidates.jsonl", lists.lists)
-    print(lists.counts(), flush=True)
+    if PartialState().is_main_process:
+        print(lists.counts(), flush=True)
+        if not args.redact:
+            write_lists(folder / "candidates.jsonl", lists.lists)
     peft = get_peft_config(model_args)
     if given.warm_steps > 0:
         warm = replace(

@@ -110,8 +110,8 @@ def main() -> None:
         values = list(seen[arm].values())
         low, high = bootstrap_interval(values)
         metrics = {"accuracy": sum(values) / len(values), "accuracy_low": low, "accuracy_high": high}
-        run.add_arm(arm, metrics if arm == "start" else {**metrics, **against(seen[arm], seen["start"], "start")})
         if PartialState().is_main_process:
+            run.add_arm(arm, metrics if arm == "start" else {**metrics, **against(seen[arm], seen["start"], "start")})
             print(f"{arm}: {metrics['accuracy']:.3f} of {len(values)} answers right", flush=True)
 
     add("start")

@@ -63,9 +63,20 @@ class Measured:
 
     Args:
         stages: name of the stage to its result; `guaranteed` is the easier thing that reranking papers report.
+        run: what the search found.
     """
 
     stages: dict[str, RankingResult]
+    run: Run
+
+    def answers(self, task: RetrievalTask, n: int = 5) -> list[tuple[str, str | None, str]]:
+        """Of the first queries: the query, a relevant document, and the document found first."""
+        shown = []
+        for query_id in list(task.queries)[:n]:
+            best = max(task.positives(query_id), key=task.positives(query_id).__getitem__, default=None)
+            first = next(iter(self.run[query_id]))
+            shown.append((task.queries[query_id], best and task.corpus[best], task.corpus[first]))
+        return shown
 
     def metrics(self) -> dict[str, float]:
         """`ndcg@10` ... of the first stage; `rerank/ndcg@10`, `guaranteed/ndcg@10` ..."""
@@ -118,7 +129,7 @@ def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64
         depth = max(len(found) for found in candidates.values())
         reranked = rerank(score, task, candidates, depth=depth, k=10)
         stages[name] = evaluate_run(reranked, task.qrels, ("ndcg@10", "mrr@10"))
-    return Measured(stages)
+    return Measured(stages, run)
 
 
 class Start:

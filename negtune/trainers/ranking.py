@@ -98,7 +98,6 @@ class RankingTrainer(BaseTrainer):
         model = prepare_ranker(model, args, peft_config)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
-        model.model_card_data.generate_widget_examples = False
         loss = RankingLoss(
             model,
             args.loss_type,
@@ -143,9 +142,14 @@ class RankingTrainer(BaseTrainer):
         return super().get_train_dataloader()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """The host's card, which shows rows of the data and their statistics: not under `redact`."""
-        if not self.args.redact:
-            super().add_model_card_callback(default_args_dict)
+        """The host's card, which shows rows of the data and their statistics: not under `redact`. Without its examples
+        for a widget, which are drawn with the global generator."""
+        if self.args.redact:
+            return
+        card = self.model.model_card_data
+        card.widget = card.widget or ["none"]
+        super().add_model_card_callback(default_args_dict)
+        card.widget = [example for example in card.widget if example != "none"]
 
     def get_default_loss(self, model: nn.Module) -> nn.Module:
         raise AssertionError("the loss is always given")

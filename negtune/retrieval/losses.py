@@ -76,30 +76,39 @@ class Lists:
     share: float = 1.0
 
     @classmethod
-    def of_labels(cls, labels: Any, n_queries: int, n_columns: int) -> Lists:
-        """Of sentence-transformers' columns (query, document_0, ..., document_{n-1}): labels are gains `[B n]`, below
-        0 for padding; without labels the first document is the relevant one."""
-        if labels is None:
-            labels = torch.zeros(n_queries, n_columns)
-            labels[:, 0] = 1
+    def of_labels(cls, labels: Tensor, n_queries: int, n_columns: int, *, teacher: bool = False) -> Lists:
+        """Of sentence-transformers' columns (query, document_0, ..., document_{n-1}).
+
+        Args:
+            labels: gains `[B n]`, below 0 for padding; or a teacher's scores, NaN for padding, with which the first
+                document is the relevant one.
+            n_queries, n_columns: B, and n.
+            teacher: which of the two.
+        """
         if labels.shape != (n_queries, n_columns):
             raise ValueError(
-                f"labels must be one gain for each of the {n_columns} document columns, [{n_queries}, {n_columns}], "
-                f"got {list(labels.shape)}; pad shorter lists with empty documents and the label -1"
+                f"labels must be one number for each of the {n_columns} document columns, [{n_queries}, {n_columns}], "
+                f"got {list(labels.shape)}; pad shorter lists with empty documents and the label "
+                + ("NaN" if teacher else "-1")
             )
         columns = torch.arange(n_columns, device=labels.device) * n_queries
         documents = columns + torch.arange(n_queries, device=labels.device).unsqueeze(-1)
-        return cls(labels.float().clamp(min=0), labels >= 0, documents)
+        labels = labels.float()
+        if teacher:
+            return cls(_first_relevant(labels), ~labels.isnan(), documents, teacher=labels)
+        return cls(labels.clamp(min=0), labels >= 0, documents)
 
     @classmethod
-    def of_label_lists(cls, labels: Sequence[Any], device: torch.device) -> Lists:
-        """Of a cross-encoder's lists of gains, one after another."""
+    def of_label_lists(cls, labels: Sequence[Any], device: torch.device, *, teacher: bool = False) -> Lists:
+        """Of a cross-encoder's lists of gains, or of a teacher's scores, one after another; see `of_labels`."""
         lengths = [len(row) for row in labels]
         gains = torch.zeros(len(labels), max(lengths), device=device)
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(-1)
         gains[mask] = torch.cat([torch.as_tensor(row, dtype=torch.float, device=device) for row in labels])
         documents = torch.zeros_like(mask, dtype=torch.long)
         documents[mask] = torch.arange(sum(lengths), device=device)
+        if teacher:
+            return cls(_first_relevant(gains), mask, documents, teacher=gains)
         return cls(gains, mask, documents)
 
     @property
@@ -113,7 +122,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     For the stock trainers: `SentenceTransformerTrainer` and `MultiVectorEncoderTrainer` with the columns query,
     document_0, ..., document_{n-1} and `label`, a list of n gains (below 0: padding; no label: the first is the
-    relevant one); `CrossEncoderTrainer` with query, documents (a list) and `label` (a list as long). `RankingTrainer`
+    relevant one), for `margin_mse` and `kl_distill` a teacher's scores (NaN: padding); `CrossEncoderTrainer` with query, documents (a list) and `label` (a list as long). `RankingTrainer`
     makes one of these itself.
 
     Rankings are drawn once, from the scores that the gradient is of: also with dropout, and between the two passes of
@@ -196,7 +205,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
         """Of embeddings of the columns, as some wrapper losses have them."""
         if not isinstance(labels, Lists):
-            labels = self._labelled(Lists.of_labels(labels, len(embeddings[0]), len(embeddings) - 1))
+            labels = self._lists_of(labels, len(embeddings[0]), len(embeddings) - 1, embeddings[0].device)
         return self.calculate_loss([[rep] for rep in embeddings], labels)
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Lists, *, with_backward: bool = False) -> Tensor:
@@ -258,9 +267,19 @@ class RankingLoss(CachedLossMixin, nn.Module):
         if len(features) < 2:
             raise ValueError(f"need a query column and at least one document column, got {len(features)} columns")
         n_queries = _rows(features[0])
-        if labels is not None and not isinstance(labels, Tensor):
-            raise ValueError("labels of a bi-encoder must be rectangular: pad lists with empty documents and label -1")
-        return features, self._labelled(Lists.of_labels(labels, n_queries, len(features) - 1))
+        return features, self._lists_of(labels, n_queries, len(features) - 1, features[0]["input_ids"].device)
+
+    def _lists_of(self, labels: Any, n_queries: int, n_columns: int, device: torch.device) -> Lists:
+        """Without labels the first document is the relevant one."""
+        if labels is None and not self.teacher:
+            labels = _first_relevant(torch.zeros(n_queries, n_columns, device=device))
+        if not isinstance(labels, Tensor):
+            raise ValueError(
+                f"{self.loss_type} needs label, a teacher's score for each document"
+                if labels is None
+                else "labels of a bi-encoder must be rectangular: pad lists with empty documents and label -1"
+            )
+        return Lists.of_labels(labels, n_queries, n_columns, teacher=self.teacher)
 
     def _pairs(self, inputs: list[Any], labels: Any, prompt: str | None, task: str | None) -> tuple[list[Any], Lists]:
         queries, documents = inputs
@@ -273,15 +292,12 @@ class RankingLoss(CachedLossMixin, nn.Module):
         device = next(self.model.parameters()).device
         features = self.model.preprocess(pairs, prompt=prompt, task=task)
         features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
-        return [features], self._labelled(Lists.of_label_lists(labels, device))
+        return [features], Lists.of_label_lists(labels, device, teacher=self.teacher)
 
-    def _labelled(self, lists: Lists) -> Lists:
-        """For distillation the labels of sentence-transformers are a teacher's scores, the first document relevant."""
-        if self.loss_type not in NEED_TEACHER or self.objective is not None:
-            return lists
-        first = torch.zeros_like(lists.gains)
-        first[:, 0] = 1
-        return replace(lists, gains=first, teacher=lists.gains)
+    @property
+    def teacher(self) -> bool:
+        """Whether labels of sentence-transformers' trainers are a teacher's scores."""
+        return self.loss_type in NEED_TEACHER and self.objective is None
 
     def _pooled(self, lists: Lists) -> Lists:
         """All documents of the batch as candidates of each query; what is in its own list keeps its gain."""
@@ -508,6 +524,12 @@ def known_settings(loss_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(f"a hyper-parameter of {loss_type} has the wrong type, {dict(given)}: {error}") from None
     return dict(given)
+
+
+def _first_relevant(like: Tensor) -> Tensor:
+    gains = torch.zeros_like(like)
+    gains[:, 0] = 1
+    return gains
 
 
 def _stack_tokens(parts: Sequence[Tensor]) -> Tensor:

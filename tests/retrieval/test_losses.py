@@ -351,6 +351,27 @@ def test_a_teacher_is_followed(tmp_path):
         loss(*batch_of(model, loss, made))
 
 
+def test_a_teachers_scores_are_taken_as_they_are_also_below_zero(tmp_path):
+    """As labels of the host's trainers: the first document is the relevant one, NaN is padding."""
+    model = bi_encoder(tmp_path / "model").eval()
+    texts = ["w1 w2 w3", "w1 w2 w9", "w8 w7", "w5 w4"]
+    encoded = model.encode(texts, convert_to_tensor=True)
+    scores = 20 * model.similarity(encoded[:1], encoded[1:])
+    teacher = torch.tensor([[4.0, -3.0, -6.0]])
+    expected = {
+        "kl_distill": (teacher.softmax(-1) * (teacher.log_softmax(-1) - scores.log_softmax(-1))).sum(),
+        "margin_mse": ((teacher[:, :1] - teacher[:, 1:]) - (scores[:, :1] - scores[:, 1:])).square().mean(),
+    }
+    for loss_type, value in expected.items():
+        loss = RankingLoss(model, loss_type)
+        features = [model.preprocess([text]) for text in texts]
+        torch.testing.assert_close(loss(features, teacher), value)
+        padded = [*(model.preprocess([text]) for text in texts), model.preprocess([""])]
+        torch.testing.assert_close(loss(padded, torch.tensor([[4.0, -3.0, -6.0, torch.nan]])), value)
+        with pytest.raises(ValueError, match="needs label, a teacher's score"):
+            loss([model.preprocess([text]) for text in texts], None)
+
+
 # --- What a person sees -----------------------------------------------------------------------------------------------
 
 
@@ -453,7 +474,7 @@ def test_labels_of_the_wrong_shape_are_refused(tmp_path):
     model = static_encoder()
     loss = RankingLoss(model, k=2)
     features = [model.preprocess(["w1", "w2"]) for _ in range(4)]
-    with pytest.raises(ValueError, match=r"one gain for each of the 3 document columns, \[2, 3\], got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"one number for each of the 3 document columns, \[2, 3\], got \[2, 2\]"):
         loss(features, torch.zeros(2, 2))
     with pytest.raises(ValueError, match="at least one document column"):
         loss(features[:1], torch.zeros(2, 0))

@@ -28,6 +28,8 @@ from negtune.data.retrieval import text_key
 logger = logging.getLogger(__name__)
 
 _RULES = 2  # of this file: rows checked by other rules are not read from a cache
+COUNTED = "negtune_counted"
+"""Column of checked rows: whether the list says something."""
 OPTIONAL = ("ideal_gains", "teacher_scores")
 """Columns that a batch has for all of its lists or for none."""
 
@@ -71,7 +73,7 @@ def candidate_rows(
                 raise RowError(f"{name} row {index}: some rows have {column} and others not; give them in all or none")
         others = {key: value for key, value in row.items() if key not in checked} if keep else {}
         counted = scored or any(gain > 0 for gain in checked["gains"])
-        return {**others, **checked, "row": index, "counted": counted}
+        return {**others, **checked, "row": index, COUNTED: counted}
 
     if data is None:
         raise RowError(f"the {name} set is missing: pass rows with query, documents and gains")
@@ -80,10 +82,10 @@ def candidate_rows(
         first = next(iter(rows), None)
         if first is None:
             raise RowError(f"the {name} stream is empty; it needs at least one row")
-        return rows.cast(datasets.Dataset.from_list([first]).features).filter(lambda row: row["counted"])
+        return rows.cast(datasets.Dataset.from_list([first]).features).filter(lambda row: row[COUNTED])
     if len(rows) == 0:
         raise RowError(f"the {name} set is empty; it needs at least one row")
-    kept = [i for i, counted in enumerate(rows["counted"]) if counted]
+    kept = [i for i, counted in enumerate(rows[COUNTED]) if counted]
     if len(kept) < len(rows):
         logger.warning(
             "%s: %d of %d queries have no relevant document and are left out", name, len(rows) - len(kept), len(rows)

@@ -7,7 +7,7 @@ one value per query; a list without a relevant document, or without an irrelevan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,7 @@ def pg_rank(
         temperature=temperature,
         generator=generator,
     ).loss
+    _check(at_least_zero={"entropy_weight": entropy_weight, "kl_weight": kl_weight})
     if entropy_weight:
         loss = loss - entropy_weight * first_place_entropy(scores, mask, temperature=temperature)
     if kl_weight:
@@ -112,6 +113,7 @@ def infonce(
 
     Reduction: mean over queries. https://arxiv.org/abs/1807.03748, equation 4
     """
+    _check(positive={"temperature": temperature})
     scores = _wide(scores) / temperature
     relevant, irrelevant = _sides(gains, mask)
     negatives = _low(scores, irrelevant).logsumexp(-1, keepdim=True)
@@ -138,6 +140,7 @@ def list_mle(
 
     Reduction: mean over queries of sums over places. https://dl.acm.org/doi/10.1145/1390156.1390306
     """
+    _check(positive={"temperature": temperature, "k": 1 if k is None else k})
     best = rank_documents(_wide(gains), mask)
     logps = plackett_luce_logps(_wide(scores) / temperature, best, mask, k=k)
     return -logps.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
@@ -152,6 +155,7 @@ def p_list_mle(
 
     Reduction: mean over queries of weighted means over places. https://auai.org/uai2014/proceedings/individuals/164.pdf
     """
+    _check(positive={"temperature": temperature})
     scores = (_wide(scores) / temperature).masked_fill(~mask, torch.finfo(_wide(scores).dtype).min / 4)
     best = rank_documents(_wide(gains), mask)
     placed, real = scores.gather(-1, best), mask.gather(-1, best)
@@ -179,6 +183,7 @@ def list_net(
 
     Reduction: mean over queries. https://dl.acm.org/doi/10.1145/1273496.1273513
     """
+    _check(positive={"temperature": temperature, "gain_temperature": gain_temperature})
     target = _low(_wide(gains) / gain_temperature, mask).softmax(-1)
     logps = _low(_wide(scores) / temperature, mask).log_softmax(-1)
     losses = -(target * logps).masked_fill(~mask, 0.0).sum(-1)
@@ -197,6 +202,7 @@ def rank_net(
 
     Reduction: mean over queries of means over pairs. https://icml.cc/Conferences/2015/wp-content/uploads/2015/06/icml_ranking.pdf
     """
+    _check(positive={"temperature": temperature})
     losses, pairs = _pair_losses(_wide(scores) / temperature, gains, mask)
     return losses.masked_fill(~pairs, 0.0).sum((-1, -2)) / pairs.sum((-1, -2)).clamp(min=1)
 
@@ -225,6 +231,9 @@ def lambda_rank(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}")
+    if gain not in ("linear", "exponential"):
+        raise ValueError(f"gain must be linear or exponential, got {gain!r}")
+    _check(positive={"temperature": temperature, "k": 1 if k is None else k}, at_least_zero={"mu": mu})
     scores = _wide(scores) / temperature
     with torch.no_grad():
         weights = _pair_weights(scores, gains, mask, k or scores.shape[-1], scheme, mu, gain, ideal_gains)
@@ -299,12 +308,22 @@ def kl_distill(
 
     Reduction: mean over queries. https://arxiv.org/abs/1503.02531
     """
+    _check(positive={"temperature": temperature, "teacher_temperature": teacher_temperature})
     target = _low(_wide(teacher_scores) / teacher_temperature, mask).log_softmax(-1)
     logps = _low(_wide(scores) / temperature, mask).log_softmax(-1)
     return (target.exp() * (target - logps)).masked_fill(~mask, 0.0).sum(-1)
 
 
 # --- Shared -----------------------------------------------------------------------------------------------------------
+
+
+def _check(*, positive: Mapping[str, float] = {}, at_least_zero: Mapping[str, float] = {}) -> None:
+    for name, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    for name, value in at_least_zero.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 def _sides(gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

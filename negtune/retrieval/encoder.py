@@ -145,7 +145,7 @@ def causal_encoder(
     package = _sentence_transformers()
     modules = package.sentence_transformer.modules
     folder = Path(name_or_path).expanduser()
-    _refuse_pickles(folder)
+    refuse_pickles(folder)
     try:
         transformer = modules.Transformer(
             str(folder if folder.is_dir() else name_or_path),
@@ -178,7 +178,7 @@ def _sentence_transformer_vectors(model: Any, texts: list[str], side: str, batch
 
 def _load(name: str, device: str | None, model_kwargs: Mapping[str, Any] | None) -> SentenceTransformer:
     package = _sentence_transformers()
-    _refuse_pickles(Path(name))
+    refuse_pickles(Path(name))
     try:
         return package.SentenceTransformer(
             name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True, **(model_kwargs or {})}
@@ -217,7 +217,7 @@ def _is_causal(folder: Path) -> bool:
     return architectures[0].endswith("ForCausalLM")
 
 
-def _refuse_pickles(folder: Path) -> None:
+def refuse_pickles(folder: Path) -> None:
     """sentence-transformers falls back to pickled weights, module by module."""
     if not folder.is_dir():
         return

@@ -10,6 +10,7 @@ from negtune._st_compat import BaseEvaluator
 from negtune.data.retrieval import RetrievalTask, Run
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.records import write_json
+from negtune.retrieval.losses import kind_of
 from negtune.retrieval.retrievers import DenseRetriever, rerank
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100")
@@ -34,6 +35,10 @@ def evaluate_retrieval(
         batch_size: texts embedded at a time.
         conventions: gain, ties and missing of `evaluate_run`.
     """
+    if hasattr(model, "preprocess") and kind_of(model) != "bi_encoder":  # else a function of texts
+        raise ValueError(
+            f"searching needs a bi-encoder, got {type(model).__name__}; evaluate_reranking is for the others"
+        )
     run = DenseRetriever(model, task.corpus, batch_size=batch_size).retrieve(task.queries, depth)
     return evaluate_run(run, task.qrels, metrics, **conventions)
 
@@ -59,14 +64,16 @@ def evaluate_reranking(
         run: the first stage.
         depth: documents to rerank; those behind are dropped.
     """
-    reranked = rerank(scorer(model, batch_size), task, run, depth=depth, k=depth)
+    training = model.training  # predict and encode leave the model in evaluation mode
+    try:
+        reranked = rerank(scorer(model, batch_size), task, run, depth=depth, k=depth)
+    finally:
+        model.train(training)
     return evaluate_run(reranked, task.qrels, metrics, **conventions)
 
 
 def scorer(model: Any, batch_size: int = 64) -> Any:
     """`(pairs of query and document) -> scores` of any ranker."""
-    from negtune.retrieval.losses import kind_of
-
     kind = kind_of(model)
     if kind == "cross_encoder":
         from torch import nn

@@ -45,6 +45,10 @@ PATIENCE = 20
 """Batches before a saturated policy is told of."""
 
 
+class NonFiniteScoresError(FloatingPointError):
+    """The model gave scores that are no numbers: it has diverged, or its input was bad."""
+
+
 class RankingWarning(UserWarning):
     """The policy cannot learn as it is: uniform, or so certain that every sample is the same."""
 
@@ -122,8 +126,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     For the stock trainers: `SentenceTransformerTrainer` and `MultiVectorEncoderTrainer` with the columns query,
     document_0, ..., document_{n-1} and `label`, a list of n gains (below 0: padding; no label: the first is the
-    relevant one), for `margin_mse` and `kl_distill` a teacher's scores (NaN: padding); `CrossEncoderTrainer` with query, documents (a list) and `label` (a list as long). `RankingTrainer`
-    makes one of these itself.
+    relevant one), for `margin_mse` and `kl_distill` a teacher's scores (NaN: padding); `CrossEncoderTrainer` with
+    query, documents (a list) and `label` (a list as long). `RankingTrainer` makes one of these itself.
 
     Rankings are drawn once, from the scores that the gradient is of: also with dropout, and between the two passes of
     GradCache.
@@ -169,6 +173,11 @@ class RankingLoss(CachedLossMixin, nn.Module):
             raise ValueError(f"reward_fn is for pg_rank, got loss_type={loss_type}")
         if in_batch and self.kind == "cross_encoder":
             raise ValueError("in_batch would score every query with every document of the batch by a cross-encoder")
+        if in_batch and (self.teacher or loss_kwargs.get("kl_weight")):
+            raise ValueError(
+                "in_batch has no teacher's scores, and none of the warm start, for documents of other queries; leave "
+                "in_batch out"
+            )
         if in_batch and reward_fn is not None:
             raise ValueError("in_batch ranks documents of other queries too, which reward_fn does not know")
         self.mini_batch_num_tokens = mini_batch_num_tokens
@@ -309,16 +318,20 @@ class RankingLoss(CachedLossMixin, nn.Module):
         present[own.flatten()] = True
         shape = (len(gains), n_documents)
         everywhere = torch.arange(n_documents, device=gains.device).expand(shape)
-        if lists.teacher is not None or lists.start is not None:
+        if self.teacher or self.loss_kwargs.get("kl_weight"):
             raise ValueError(
-                "in_batch has no teacher's scores, and none of the warm start, for documents of other queries"
+                "in_batch has no teacher's scores, and none of the warm start, for documents of other queries; leave "
+                "in_batch out"
             )
-        return replace(lists, gains=gains[:, :-1], mask=present[:-1].expand(shape), documents=everywhere)
+        own = {"teacher": None, "start": None}
+        return replace(lists, gains=gains[:, :-1], mask=present[:-1].expand(shape), documents=everywhere, **own)
 
     # --- from scores to the loss --------------------------------------------------------------------------------------
 
     def _loss(self, scores: Tensor, lists: Lists) -> Tensor:
         found = None
+        if not bool((scores.isfinite() | ~lists.mask).all()):
+            raise NonFiniteScoresError("the model's scores are not finite; it has diverged: lower the learning rate")
         if self.objective is not None:
             losses = self.objective(scores, lists.gains, lists.mask)
         elif self.loss_type == "pg_rank":
@@ -326,6 +339,10 @@ class RankingLoss(CachedLossMixin, nn.Module):
         else:
             losses = RANKING_LOSSES[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
         counted, mode = self.counted(lists), "train" if torch.is_grad_enabled() else "eval"
+        if mode == "eval":
+            sums = self._sums[mode]["loss"]
+            sums[0] += float(losses.detach()[counted].double().sum())
+            sums[1] += int(counted.sum())
         with torch.no_grad():
             self._track(mode, scores, lists, counted, found)
             if mode == "train" and found is not None:
@@ -364,6 +381,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         if entropy_weight:
             losses = losses - entropy_weight * first_place_entropy(scores, lists.mask, temperature=temperature)
         if kl_weight:
+            if lists.start is None and not torch.is_grad_enabled():
+                return found, losses  # lists to evaluate have no scores of the warm start
             if lists.start is None:
                 raise ValueError("kl_weight needs the scores of the warm start, which RankingTrainer computes")
             losses = losses + kl_weight * first_place_kl(scores, lists.start, lists.mask, temperature=temperature)
@@ -486,7 +505,7 @@ def kind_of(model: nn.Module) -> str:
         return "cross_encoder"
     raise ValueError(
         f"model must be a SentenceTransformer, CrossEncoder or MultiVectorEncoder, got {type(model).__name__}; for a "
-        "causal LM see negtune.retrieval.encoder"
+        "causal LM see causal_encoder in negtune.retrieval.encoder and causal_reranker in negtune.retrieval.rankers"
     )
 
 

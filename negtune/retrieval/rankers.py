@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from negtune.models.load import BUILT_IN, resolve
+from negtune.retrieval.encoder import load_encoder, refuse_pickles
 
 INSTRUCTION = "Judge whether the document is relevant to the query. The answer can only be yes or no."
 
@@ -42,12 +43,11 @@ def load_ranker(
         yes, no = answers
         return causal_reranker(name, yes=yes, no=no, model_kwargs=model_kwargs, trust_remote_code=trust_remote_code)
     if kind == "bi_encoder":
-        from negtune.retrieval.encoder import load_encoder
-
         return load_encoder(str(name), model_kwargs=model_kwargs)
     classes = {"cross_encoder": CrossEncoder, "multi_vector": MultiVectorEncoder}
     if kind not in classes:
         raise ValueError(f"unknown kind of model {kind!r}; choose bi_encoder, cross_encoder, multi_vector or causal_lm")
+    refuse_pickles(Path(name).expanduser())
     arguments = {"use_safetensors": True, **(model_kwargs or {})}
     return classes[kind](str(name), model_kwargs=arguments, trust_remote_code=trust_remote_code)
 
@@ -115,12 +115,12 @@ def pair_template(tokenizer: Any, instruction: str) -> str:
         before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(body)
     text = "(m.content if m.content is string else m.content[0].text)"
     return (
-        f"{{{{ {json.dumps(before + instruction)} }}}}"
+        f"{{{{ {json.dumps(before + instruction, ensure_ascii=False)} }}}}"
         "{% for m in messages %}"
         f'{{% if m.role == "query" %}}{{{{ "\\n\\nQuery: " + {text} }}}}'
         f'{{% elif m.role == "document" %}}{{{{ "\\n\\nDocument: " + {text} }}}}'
         "{% endif %}{% endfor %}"
-        f"{{{{ {json.dumps(after)} }}}}"
+        f"{{{{ {json.dumps(after, ensure_ascii=False)} }}}}"
     )
 
 

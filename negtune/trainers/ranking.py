@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._st_compat import BaseTrainer, has_static_embedding_input
-from negtune.data.candidates import candidate_rows
+from negtune.data.candidates import COUNTED, candidate_rows
 from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
 from negtune.retrieval.collate import CandidateCollator
-from negtune.retrieval.losses import Lists, RankingLoss, kind_of
+from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss, kind_of
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
@@ -72,6 +73,7 @@ class RankingTrainer(BaseTrainer):
     training_args_class = RankingConfig
     loss_is_scaled_for_ga = False
     step_is_empty = False
+    _evaluated: set[int]
 
     def __init__(
         self,
@@ -88,7 +90,10 @@ class RankingTrainer(BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = copy.copy(args) if args is not None else RankingConfig(output_dir="trainer_output")
-        settings = {"k": args.places, "teacher": args.needs_teacher and objective is None}
+        settings = {
+            "k": args.places if objective is None else None,
+            "teacher": args.needs_teacher and objective is None,
+        }
         self._rows_of = _Rows(**settings, scored=reward_fn is not None, in_memory=args.redact)
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
@@ -96,6 +101,7 @@ class RankingTrainer(BaseTrainer):
             raise ValueError("kl_weight needs the scores of the warm start for all rows, and a stream has them not yet")
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         model = prepare_ranker(model, args, peft_config)
+        as_searched(model, args)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
         loss = RankingLoss(
@@ -109,8 +115,7 @@ class RankingTrainer(BaseTrainer):
         self.collate = CandidateCollator(
             model.preprocess,
             loss.kind,
-            prompts=args.prompts or prompts_of(model, loss.kind),
-            max_length=None if has_static_embedding_input(model) else args.max_length,
+            prompts=prompts_of(model, loss.kind),
             keep_rows=reward_fn is not None,
         )
         super().__init__(
@@ -140,6 +145,14 @@ class RankingTrainer(BaseTrainer):
         if self.train_dataset is None:
             raise ValueError("the train set is missing: pass rows with query, documents and gains")
         return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All rows: the host leaves the last batch out where it does so in the training of several processes."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The host's card, which shows rows of the data and their statistics: not under `redact`. Without its examples
@@ -171,7 +184,10 @@ class RankingTrainer(BaseTrainer):
         """Mean of the objective over the queries of the optimiser step."""
         if model is self.model_wrapped and self.loss.model is not model:
             self.loss = self.override_model_in_loss(self.loss, model)
-        loss = self.loss(inputs["features"], _lists(inputs))
+        try:
+            loss = self.loss(inputs["features"], _lists(inputs))
+        except NonFiniteScoresError:
+            loss = torch.tensor(float("nan"))
         rows = {"queries": inputs["rows"].tolist()} if "rows" in inputs else {}
         stop_if_not_finite(self, loss, {}, rows)
         return (loss, {}) if return_outputs else loss
@@ -180,8 +196,21 @@ class RankingTrainer(BaseTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
+        self._leave_out_repeated(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def _leave_out_repeated(self, inputs: dict[str, Any]) -> None:
+        """Several processes repeat rows to fill the last round of batches: those are masked."""
+        if self.accelerator.num_processes == 1:
+            return
+        parts = gather_object([inputs["rows"].tolist()])
+        for rank, rows in enumerate(parts):
+            fresh = [row not in self._evaluated and row not in rows[:i] for i, row in enumerate(rows)]
+            self._evaluated.update(rows)
+            if rank == self.accelerator.process_index:
+                keep = torch.tensor(fresh, device=inputs["rows"].device).unsqueeze(-1)
+                inputs["lists"]["mask"] = inputs["lists"]["mask"] & keep
 
     @torch.no_grad()
     def _with_start_scores(self, rows: Any) -> Any:
@@ -212,7 +241,12 @@ class RankingTrainer(BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._rows_of.each(eval_dataset)
         self.loss.take_metrics("eval")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with torch.random.fork_rng():  # a data loader draws a seed, which is none of the training's business
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = set()
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last logging step or during the evaluation, over all processes."""
@@ -232,7 +266,7 @@ class _Rows:
         self.settings = {"k": k, "teacher": teacher, "scored": scored, "keep": scored, "in_memory": in_memory}
 
     def __call__(self, data: Any, name: str) -> Any:
-        if "counted" in (getattr(data, "column_names", None) or ()):
+        if COUNTED in (getattr(data, "column_names", None) or ()):
             return data
         return candidate_rows(data, name=name, **self.settings)
 
@@ -257,22 +291,47 @@ class _Scored:
             [row["documents"][d] for d in places if d < len(row["documents"])]
             for row, places in zip(flat, rankings.flatten(0, 1).tolist(), strict=True)
         ]
-        columns = {name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", "counted")}
+        columns = {name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", COUNTED)}
         rewards = self.reward_fn([row["query"] for row in flat], ordered, **columns)
+        if not isinstance(rewards, Sequence | Tensor):
+            raise ValueError(f"reward_fn must return a list of one reward a ranking, got {type(rewards).__name__}")
         if len(rewards) != len(flat):
             raise ValueError(f"reward_fn got {len(flat)} rankings and returned {len(rewards)} rewards")
         numbers = [float("nan") if reward is None else float(reward) for reward in rewards]
         return torch.tensor(numbers).view(samples, queries)
 
 
-def prompts_of(model: Any, kind: str) -> dict[str, str]:
-    """What `encode_query` and `encode_document` put before texts: training has to see the same."""
-    if kind == "cross_encoder":
-        return {}
+def as_searched(model: Any, args: RankingConfig) -> None:
+    """Write `prompts` and `max_length` into the model: it is trained as it will be evaluated, saved and searched with.
+
+    Raises:
+        ValueError: prompts for a side that there is not, or a limit for a model that has none.
+    """
+    if args.max_length is not None:
+        if has_static_embedding_input(model):
+            raise ValueError("max_length is for transformers; static embeddings read whole texts, leave it out")
+        model.max_seq_length = args.max_length
+    if not args.prompts:
+        return
+    if kind_of(model) == "cross_encoder":
+        if not isinstance(args.prompts, str):
+            raise ValueError(f"prompts of a cross-encoder must be one text for the pair, got {args.prompts!r}")
+        model.prompts, model.default_prompt_name = {**(model.prompts or {}), "pair": args.prompts}, "pair"
+        return
+    if not isinstance(args.prompts, Mapping) or not set(args.prompts) <= {"query", "document"}:
+        raise ValueError(f"prompts must be a mapping with query, document or both, got {args.prompts!r}")
+    model.prompts = {**(model.prompts or {}), **args.prompts}
+
+
+def prompts_of(model: Any, kind: str) -> dict[str, str] | str | None:
+    """What `encode_query`, `encode_document` and `predict` put before texts: training has to see the same."""
     known, default = dict(model.prompts or {}), getattr(model, "default_prompt_name", None)
-    names = {"query": ("query", default), "document": ("document", "passage", "corpus", default)}
-    found = {side: next((known[n] for n in each if known.get(n)), None) for side, each in names.items()}
-    return {side: prompt for side, prompt in found.items() if prompt}
+    if kind == "cross_encoder":
+        return known.get(default)
+    names = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    # as the host does it: the first name that is there counts, with an empty text too
+    found = {side: next((n for n in each if n in known), default) for side, each in names.items()}
+    return {side: known[name] for side, name in found.items() if known.get(name)}
 
 
 def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, peft_config: Any = None) -> Any:
@@ -289,6 +348,12 @@ def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, pe
     elif args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for loading by name; this model is already an object, drop them")
     kind_of(model)
+    if any(type(module).__name__ == "Router" for module in model.modules()):
+        raise ValueError(
+            "a Router has a tower for each side, and lists are not routed here; use RankingLoss with sentence-"
+            "transformers' own trainer and its router_mapping"
+        )
+    model.model_card_data.local_files_only = True  # else the card asks the hub about a folder's name
     if peft_config is not None:
         if not model.has_peft_compatible_model():
             raise ValueError(

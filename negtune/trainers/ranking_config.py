@@ -91,6 +91,10 @@ class RankingConfig(BaseTrainingArguments):
             self.accelerator_config.dispatch_batches = False  # lists of a batch cannot be sliced and sent
         if self.model_kind not in KINDS:
             raise ValueError(f"model_kind must be one of {', '.join(KINDS)}, got {self.model_kind!r}")
+        if self.loss_kwargs is not None and not isinstance(self.loss_kwargs, dict):
+            raise ValueError(f"loss_kwargs must be a mapping of hyper-parameters, got {self.loss_kwargs!r}")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {self.scale}")
         known_settings(self.loss_type, self.objective_settings())
         if self.kl_weight and self.loss_type != "pg_rank":
             raise ValueError(f"kl_weight is for pg_rank, got loss_type={self.loss_type}")

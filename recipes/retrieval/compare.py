@@ -208,6 +208,8 @@ class Task:
             trainer.train()
         except NonFiniteLossError:
             return {"ndcg@10": math.nan}
+        if not all(p.isfinite().all() for p in trainer.model.parameters()):
+            return {"ndcg@10": math.nan}
         spent = {"tokens_sampled": 0.0, "gradient_steps": float(trainer.state.global_step)}
         return {**self.measure(trainer.model, name, rate, seed), **spent}
 

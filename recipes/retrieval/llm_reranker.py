@@ -63,6 +63,8 @@ class RerankerArguments:
 def main() -> None:
     given, args, model_args = parsed(TrlParser((RerankerArguments, RankingConfig, ModelConfig)), SMOKE)
     no_push(args)
+    if args.places is not None and args.places > given.n_documents:
+        raise ValueError(f"--k {args.places} is more than the {given.n_documents} documents of a list (--n_documents)")
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "smollm2"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
     test = split.test.only(list(split.test.queries)[: given.test_queries])
@@ -76,7 +78,7 @@ def main() -> None:
         **{"seed": args.seed, "task": "ranking", "title": "A language model as reranker", "model": name},
         **{"recipe": "recipes/retrieval/llm_reranker.py", "objective": args.loss_type},
         **{"data": given.data or "made-up topics", "artefact": "the trained reranker", "redacted": args.redact},
-        arguments={**vars(given), **args.to_dict()},
+        arguments={**vars(given), **vars(model_args), **args.to_dict()},
     )
     lexical = {query: dict(list(found.items())[: given.depth]) for query, found in bm25_run(test).items()}
     first = evaluate_run(lexical, test.qrels, METRICS)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from search_task import METRICS, bm25_run, measured, mined, numbers, read_task
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from negtune.cli.recipe import no_push, parsed, run_recipe
@@ -31,6 +32,7 @@ from negtune.retrieval.evaluation import RetrievalEvaluator
 from negtune.retrieval.mining import to_rows, write_lists
 from negtune.retrieval.rankers import load_ranker
 from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from negtune.trainers.ranking_config import OBJECTIVE
 
 SMOKE = {
     **{"model_name_or_path": "tiny", "max_steps": 4, "warm_steps": 2, "n_documents": 10, "logging_steps": 1},
@@ -54,12 +56,20 @@ class RetrievalArguments:
 def main() -> None:
     given, args, model_args = parsed(TrlParser((RetrievalArguments, RankingConfig, ModelConfig)), SMOKE)
     no_push(args)
+    if args.model_kind not in ("auto", "bi_encoder"):
+        raise ValueError(f"this recipe trains bi-encoders, got --model_kind {args.model_kind}; see llm_reranker.py")
+    if args.places is not None and args.places > given.n_documents:
+        raise ValueError(f"--k {args.places} is more than the {given.n_documents} documents of a list (--n_documents)")
+    if not given.evaluate_search:
+        args.eval_strategy = IntervalStrategy.NO
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
     quantised = get_quantization_config(model_args)
     more = {} if quantised is None else {"quantization_config": quantised}
     model = load_ranker(name, model_kwargs=more)
-    if args.max_length is not None and "static" not in type(model[0]).__name__.lower():
+    if type(model[0]).__name__ == "StaticEmbedding":
+        args.max_length = None  # whole texts
+    if args.max_length is not None:
         model.max_seq_length = args.max_length
     run = Run(
         folder,
@@ -67,7 +77,7 @@ def main() -> None:
         redacted=args.redact,
         **{"recipe": "recipes/retrieval/pg_rank.py", "objective": args.loss_type, "model": name},
         **{"data": given.data or "made-up topics", "artefact": "the trained encoder"},
-        arguments={**vars(given), **args.to_dict()},
+        arguments={**vars(given), **vars(model_args), **args.to_dict()},
     )
     lexical, seen = bm25_run(split.test), {}
 
@@ -93,9 +103,10 @@ def main() -> None:
     if given.warm_steps > 0:
         warm = replace(
             args,
-            **{"loss_type": "infonce", "max_steps": given.warm_steps, "learning_rate": given.warm_learning_rate},
-            **{"k": None, "estimator": None, "n_samples": None, "metric": None, "in_batch": True},
-            **{"output_dir": str(folder / "warm"), "eval_strategy": "no", "save_strategy": "no"},
+            **dict.fromkeys(OBJECTIVE),
+            **{"loss_type": "infonce", "loss_kwargs": None, "in_batch": True, "max_steps": given.warm_steps},
+            **{"learning_rate": given.warm_learning_rate, "output_dir": str(folder / "warm")},
+            **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
         )
         RankingTrainer(model=model, args=warm, train_dataset=to_rows(lists.lists), peft_config=peft).train()
         peft = None

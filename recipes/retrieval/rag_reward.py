@@ -69,6 +69,8 @@ def main() -> None:
     no_push(args)
     if args.loss_type != "pg_rank" or args.estimator not in (None, "loo", "reinforce"):
         raise ValueError("a black-box reward needs loss_type pg_rank with estimator loo or reinforce")
+    if args.model_kind not in ("auto", "bi_encoder"):
+        raise ValueError(f"this recipe trains bi-encoders, got --model_kind {args.model_kind}")
     args.k, args.estimator = given.documents, args.estimator or "loo"
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "wordllama"
     rows = read_jsonl(Path(given.questions)) if given.questions else synthetic_questions(96, seed=args.seed)
@@ -95,7 +97,7 @@ def main() -> None:
         **{"seed": args.seed, "task": "ranking", "title": "Rewarded by the answers of a frozen generator"},
         **{"recipe": "recipes/retrieval/rag_reward.py", "objective": "pg_rank, leave-one-out", "model": name},
         **{"data": given.questions or "made-up questions", "artefact": "the trained encoder"},
-        arguments={**vars(given), **args.to_dict()},
+        arguments={**vars(given), **vars(model_args), **args.to_dict()},
     )
     seen: dict[str, dict[str, float]] = {}
 

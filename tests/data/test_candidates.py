@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from negtune.data.candidates import candidate_rows, checked_row
+from negtune.data.candidates import COUNTED, candidate_rows, checked_row
 from negtune.data.completions import RowError
 
 PLAIN = {"query": "q", "documents": ["x", "y"], "gains": [1, 0]}
@@ -147,7 +147,7 @@ class Listed:
 def test_all_sources_give_the_same_rows(source):
     rows = candidate_rows(source)
     assert isinstance(rows, IterableDataset if isinstance(source, IterableDataset) else Dataset)
-    wanted = {"documents": ["x", "y"], "gains": [1.0, 0.0], "counted": True}
+    wanted = {"documents": ["x", "y"], "gains": [1.0, 0.0], COUNTED: True}
     assert list(rows) == [{"query": "q", **wanted, "row": 0}, {"query": "r", **wanted, "row": 1}]
 
 
@@ -155,7 +155,7 @@ def test_all_sources_give_the_same_rows(source):
 def test_other_columns_are_kept_only_when_asked_for(keep):
     for source in ([FULL], Dataset.from_list([FULL]), stream(FULL)):
         (row,) = candidate_rows(source, keep=keep)
-        read = {"query", "documents", "gains", "ideal_gains", "teacher_scores", "row", "counted"}
+        read = {"query", "documents", "gains", "ideal_gains", "teacher_scores", "row", COUNTED}
         assert set(row) == (read | set(FULL) if keep else read)
         assert not keep or row["document_ids"] == ["a", "b"]
 
@@ -176,7 +176,7 @@ def test_where_a_function_scores_all_rows_stay_and_need_no_gains():
     for source in (rows, stream(*rows)):
         found = list(candidate_rows(source, scored=True))
         assert [row["gains"] for row in found] == [[0.0, 0.0], [0.0, 0.0]]
-        assert all(row["counted"] for row in found)
+        assert all(row[COUNTED] for row in found)
     with pytest.raises(RowError, match="gains are missing"):
         candidate_rows(rows)
 
@@ -184,7 +184,7 @@ def test_where_a_function_scores_all_rows_stay_and_need_no_gains():
 def test_a_teacher_is_asked_for_only_where_it_is_read():
     rows = [PLAIN | {"teacher_scores": [3, 1]}]
     assert candidate_rows(rows, teacher=True)["teacher_scores"] == [[3.0, 1.0]]
-    assert candidate_rows([PLAIN]).column_names == ["query", "documents", "gains", "row", "counted"]
+    assert candidate_rows([PLAIN]).column_names == ["query", "documents", "gains", "row", COUNTED]
     with pytest.raises(RowError, match="train row 0: teacher_scores are missing"):
         candidate_rows([PLAIN], teacher=True)
 

@@ -1,5 +1,6 @@
 """The loss module: inside sentence-transformers' own trainers, with and without GradCache, for four kinds of model."""
 
+import math
 import warnings
 from functools import partial
 
@@ -289,6 +290,34 @@ def test_scores_of_each_kind_are_the_models_own(tmp_path):
                 documents = model.encode_document(row["documents"], **more)
                 expected = model.similarity(query, documents)[0]
             torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0, msg=kind)
+
+
+def test_scores_of_a_cross_encoder_are_scaled_too(tmp_path):
+    model = cross_encoder(tmp_path / "model").eval()
+    once, thrice = RankingLoss(model), RankingLoss(model, scale=3.0)
+    with torch.no_grad():
+        plain, scaled = (loss.scores(*batch_of(model, loss, rows(2, documents=3))) for loss in (once, thrice))
+    torch.testing.assert_close(3 * plain, scaled)
+
+
+def test_relevant_documents_that_lists_lack_count_in_the_ideal(tmp_path):
+    """Of a list with one gain of 1, where documents with gains 4 and 1 exist: ideal DCG@3 4 + 1/log2(3) instead of 1."""
+    share = 1 / (4 + 1 / math.log2(3))
+    model = static_encoder()
+    made = [{**row, "gains": [float(g == 2) for g in row["gains"]]} for row in rows(3, documents=4)]
+    lacking = [{**row, "ideal_gains": [4.0, 1.0]} for row in made]
+    found = {}
+    for name, data in (("whole", made), ("lacking", lacking)):
+        for loss_type in ("pg_rank", "lambda_rank"):
+            loss = RankingLoss(model, loss_type, k=3)
+            found[name, loss_type] = loss(*batch_of(model, loss, data)).item()
+            found[name, loss_type, "greedy"] = loss.take_metrics()["reward/greedy"][0]
+    for loss_type in ("lambda_rank",):
+        assert found["lacking", loss_type] == pytest.approx(found["whole", loss_type] * share)
+    for loss_type in ("pg_rank", "lambda_rank"):
+        whole = found["whole", loss_type, "greedy"]
+        assert whole > 0
+        assert found["lacking", loss_type, "greedy"] == pytest.approx(whole * share)
 
 
 def test_a_text_in_two_lists_is_embedded_once_with_the_gradient_of_both(tmp_path):

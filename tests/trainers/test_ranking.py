@@ -94,14 +94,21 @@ def test_a_causal_lm_learns_to_say_yes_to_relevant_documents(tmp_path):
 
 def test_a_black_box_reward_is_climbed(tmp_path):
     """Rewarded: that the shortest document comes first. No gains are given, and some rankings cannot be scored."""
-    made = [{"query": row["query"], "documents": [*row["documents"][:3], "w7"], "wanted": "w7"} for row in rows(32)]
+    made = [
+        {
+            "query": row["query"],
+            "documents": [*row["documents"][: i % 4], "w7", *row["documents"][i % 4 : 3]],
+            "wanted": "w7",
+        }
+        for i, row in enumerate(rows(32))
+    ]
     seen = []
 
     def reward(queries, rankings, wanted, documents, **columns):
         seen.append((queries[0], rankings[0], sorted(columns)))
         assert all(set(r) <= set(d) for r, d in zip(rankings, documents, strict=True))
         return [
-            None if r[0] == made[0]["documents"][0] else float(r[0] == w) for r, w in zip(rankings, wanted, strict=True)
+            None if r[0] == made[0]["documents"][1] else float(r[0] == w) for r, w in zip(rankings, wanted, strict=True)
         ]
 
     settings = {"max_steps": 30, "learning_rate": 3e-3, "k": 2, "scale": 10.0}
@@ -249,7 +256,7 @@ args = RankingConfig(
     mini_batch_size=3 if cached == "cached" else None, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
 )
 trainer = RankingTrainer(
-    model=model, args=args, train_dataset=rows(32, documents=6, shorter=True), eval_dataset=rows(8, seed=5),
+    model=model, args=args, train_dataset=rows(32, documents=6, shorter=True), eval_dataset=rows(7, seed=5),
     peft_config=LoraConfig(r=2, target_modules=["query", "value"]) if kind == "lora" else None,
 )
 trainer.train()
@@ -281,7 +288,7 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
         for name in ("loss", "reward/greedy", "positive/score", "negative/score"):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), name
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
-    for name in ("eval_reward/greedy", "eval_positive/score"):
+    for name in ("eval_loss", "eval_reward/greedy", "eval_positive/score"):  # of 7 rows, one of which is repeated
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
 
 
@@ -302,6 +309,99 @@ def test_texts_are_trained_with_the_prompts_that_searching_puts_before_them(tmp_
         query = model.encode_query([row["query"]], convert_to_tensor=True)
         documents = model.encode_document(row["documents"], convert_to_tensor=True)
         torch.testing.assert_close(found, model.similarity(query, documents)[0], atol=1e-5, rtol=0)
+
+
+def test_a_limit_of_tokens_is_written_into_the_model(tmp_path):
+    model = bi_encoder(tmp_path / "model").eval()
+    trainer = RankingTrainer(model=model, args=config(tmp_path / "run", max_length=4), train_dataset=rows(3))
+    assert trainer.model.max_seq_length == 4
+    assert trainer.collate(rows(2))["features"][1]["input_ids"].shape[1] == 4
+
+
+@pytest.mark.parametrize("kind", [bi_encoder, cross_encoder])
+def test_prompts_for_a_side_that_there_is_not_are_refused(tmp_path, kind):
+    given = {"queries": "q: "} if kind is bi_encoder else {"query": "q: "}
+    args = config(tmp_path / "run", prompts=given)
+    with pytest.raises(ValueError, match="prompts must be a mapping|prompts of a cross-encoder must be one text"):
+        RankingTrainer(model=kind(tmp_path / "model"), args=args, train_dataset=rows(3))
+
+
+def test_a_cross_encoder_is_trained_with_the_prompt_it_predicts_with(tmp_path):
+    model = cross_encoder(tmp_path / "model").eval()
+    args = config(tmp_path / "run", prompts="w9 w8 ")
+    trainer = RankingTrainer(model=model, args=args, train_dataset=rows(2, documents=4))
+    from negtune.trainers.ranking import _lists
+
+    batch = trainer.collate([{**row, "row": 0} for row in rows(2, documents=4)])
+    with torch.no_grad():
+        scores = trainer.loss.scores(batch["features"], _lists(batch))
+    for row, found in zip(rows(2, documents=4), scores, strict=True):
+        pairs = [(row["query"], document) for document in row["documents"]]
+        expected = model.predict(pairs, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+        torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0)
+
+
+def test_evaluating_changes_nothing_of_the_training(tmp_path):
+    trainers = []
+    for evaluated in (False, True):
+        more = {"eval_strategy": "steps", "eval_steps": 1} if evaluated else {}
+        model = bi_encoder(tmp_path / "model", dropout=0.1)
+        held_out = rows(4, seed=9) if evaluated else None
+        trainers.append(train(model, tmp_path / "run", held_out=held_out, max_steps=4, learning_rate=1e-3, **more))
+    assert_close(*trainers, atol=0, rtol=0)
+
+
+def test_the_warm_start_is_scored_without_dropout(tmp_path):
+    model = bi_encoder(tmp_path / "model", dropout=0.5).train()
+    args = config(tmp_path / "run", kl_weight=0.1)
+    trainer = RankingTrainer(model=model, args=args, train_dataset=rows(3, documents=4))
+    assert trainer.model.training
+    model.eval()
+    for row in trainer.train_dataset:
+        query, documents = model.encode([row["query"]]), model.encode(row["documents"])
+        expected = 20 * model.similarity(query, documents)[0]
+        torch.testing.assert_close(torch.tensor(row["start_scores"]), expected, atol=1e-4, rtol=0)
+
+
+def test_dropout_is_switched_off_where_asked_for(tmp_path):
+    model = bi_encoder(tmp_path / "model", dropout=0.5)
+    RankingTrainer(model=model, args=config(tmp_path / "run"), train_dataset=rows(3))
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+    RankingTrainer(model=model, args=config(tmp_path / "run", disable_dropout=True), train_dataset=rows(3))
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+def test_a_router_is_refused(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
+
+    towers = [static_encoder()[0] for _ in range(2)]
+    router = Router.for_query_document(query_modules=[towers[0]], document_modules=[towers[1]])
+    model = SentenceTransformer(modules=[router], device="cpu")
+    with pytest.raises(ValueError, match="a Router has a tower for each side"):
+        RankingTrainer(model=model, args=config(tmp_path), train_dataset=rows(3))
+
+
+def test_nobody_is_asked_about_the_name_of_a_folder(tmp_path):
+    model = bi_encoder(tmp_path / "model")
+    RankingTrainer(model=model, args=config(tmp_path / "run"), train_dataset=rows(3))
+    assert model.model_card_data.local_files_only
+
+
+def test_kl_to_the_warm_start_does_not_hinder_evaluations(tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "kl_weight": 0.1, "max_steps": 2}
+    trainer = train(static_encoder(), tmp_path, held_out=rows(4, seed=9), **more)
+    assert sum("eval_loss" in row for row in trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize("loss_type", ["pg_rank", "infonce", "lambda_rank"])
+def test_a_model_that_diverged_stops_the_run_and_names_the_rows(tmp_path, loss_type):
+    from negtune.trainers.steps import NonFiniteLossError
+
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step"):
+        train(static_encoder(), tmp_path, loss_type=loss_type, max_steps=5, learning_rate=1e38, warmup_steps=0)
+    (file,) = tmp_path.glob("nonfinite_step*_rank0.json")
+    assert len(json.loads(file.read_text())["rows"]["queries"]) == 8
 
 
 # --- Adapters ---------------------------------------------------------------------------------------------------------
@@ -390,6 +490,13 @@ def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, cap
         ({"estimator": "pl_rank", "metric": "mrr"}, "use rtg_loo"),
         ({"loss_type": "infonce"}, "infonce has no hyper-parameter 'k'"),
         ({"loss_kwargs": {"k": 2}}, "k is given twice"),
+        ({"loss_kwargs": [1]}, "loss_kwargs must be a mapping"),
+        ({"scale": -1.0}, "scale must be positive"),
+        ({"kl_weight": -1.0}, "kl_weight must be at least 0"),
+        ({"entropy_weight": math.nan}, "entropy_weight must be at least 0"),
+        ({"loss_type": "infonce", "k": None, "temperature": 0.0}, "temperature must be positive"),
+        ({"loss_type": "list_mle", "k": 0}, "k must be positive"),
+        ({"loss_type": "lambda_rank", "gain": "exp"}, "gain must be linear or exponential"),
         ({"model_kind": "encoder"}, "model_kind must be one of auto"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1"),
         ({"n_samples": 1, "estimator": "loo"}, "n_samples of at least 2"),

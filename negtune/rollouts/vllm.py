@@ -91,6 +91,7 @@ class VLLMSampler(Sampler):
         from vllm import LLM
 
         with _random_state_kept():
+            tolerate_lazy_modules()
             self.llm = LLM(**arguments)
         if is_peft(model) and not torch.cuda.is_available():
             self.llm.collective_rpc("multiply_by_one_adapter")
@@ -292,3 +293,21 @@ def _engine_params(request: Request, params: SamplingParams, eos: list[int]) -> 
         logprobs=0,
         skip_special_tokens=False,
     )
+
+
+def tolerate_lazy_modules() -> None:
+    """Let vLLM start beside modules with objects that invent their attributes.
+
+    On a CPU vLLM 0.31 looks for kernels in the `__dict__` of everything in every loaded module. llvmlite, which numba
+    and with it bm25s bring in, answers that with a function, and vLLM ends in an AttributeError.
+    """
+    try:
+        from vllm.triton_utils import dispatcher
+    except ImportError:  # another vLLM, which does not look
+        return
+
+    def mapping_of(value: Any) -> Mapping[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = mapping_of

@@ -27,6 +27,7 @@ from negtune.models.structure import eval_mode, unwrapped
 from negtune.ops import weigh_signs
 from negtune.rollouts.attest import policy_name
 from negtune.rollouts.collect import RECENT
+from negtune.rollouts.vllm import tolerate_lazy_modules
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.trainers.progress import MetricSums
@@ -134,6 +135,8 @@ class StepGRPOTrainer(GRPOTrainer):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._scored: tuple[Tensor, ...] | None = None
         self._measuring = False
+        if given is not None and given.use_vllm:
+            tolerate_lazy_modules()  # TRL starts an engine of its own
         super().__init__(*args, **kwargs)
         keep_gradients(self.model)
         generation = getattr(self, "vllm_generation", None)

@@ -301,7 +301,7 @@ def test_scores_of_a_cross_encoder_are_scaled_too(tmp_path):
 
 
 def test_relevant_documents_that_lists_lack_count_in_the_ideal(tmp_path):
-    """Of a list with one gain of 1, where documents with gains 4 and 1 exist: ideal DCG@3 4 + 1/log2(3) instead of 1."""
+    """One gain of 1 in the list, documents with gains 4 and 1 in all: ideal DCG@3 4 + 1/log2(3) instead of 1."""
     share = 1 / (4 + 1 / math.log2(3))
     model = static_encoder()
     made = [{**row, "gains": [float(g == 2) for g in row["gains"]]} for row in rows(3, documents=4)]

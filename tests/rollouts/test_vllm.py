@@ -29,6 +29,9 @@ from negtune.rollouts.worker import WorkerExtension
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install 'negtune[vllm]', or make test"
 )
+if importlib.util.find_spec("llvmlite") is not None:
+    import llvmlite.binding  # noqa: F401  beside which vLLM does not start by itself, see tolerate_lazy_modules
+
 PROMPTS = ["Where is Rome?", "Who", [{"role": "user", "content": "Hi"}]]
 PARAMS = SamplingParams(max_tokens=8)
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

@@ -16,6 +16,7 @@ pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
 from negtune.records import read_jsonl
 from negtune.retrieval.mining import read_lists
 from tests.recipes.test_recipes import ROOT, launch
+from tests.retrieval.tiny_rankers import needs_adapters
 
 COMPARE = ROOT / "recipes" / "retrieval" / "compare.py"
 
@@ -49,6 +50,7 @@ def test_two_processes_train_a_retriever(tmp_path):
     assert list(json.loads((tmp_path / "metrics.json").read_text())["arms"]) == ["start", "InfoNCE", "pg_rank"]
 
 
+@needs_adapters
 def test_a_language_model_is_trained_to_rerank(tmp_path):
     done = launch("retrieval/llm_reranker.py", tmp_path, "--smoke")
     assert done.returncode == 0, done.stderr[-3000:]

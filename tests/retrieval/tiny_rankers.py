@@ -5,9 +5,24 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 WORDS = [f"w{i}" for i in range(200)]
+
+
+def _adapters() -> pytest.MarkDecorator:
+    """sentence-transformers adds adapters through transformers, which may want a PEFT that is not out yet."""
+    import peft
+    from packaging.version import Version
+    from transformers.integrations import peft as integration
+
+    wanted = getattr(integration, "MIN_PEFT_VERSION", "0")
+    reason = f"this transformers wants peft>={wanted}, found {peft.__version__}"
+    return pytest.mark.skipif(Version(peft.__version__) < Version(wanted), reason=reason)
+
+
+needs_adapters = _adapters()
 
 
 def bert_folder(folder: Path, *, labels: int | None = None, dropout: float = 0.0) -> Path:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from negtune.losses.ranking import infonce
 from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from tests.launching import run_script
-from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, rows, static_encoder
+from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
 
 
 def config(folder, **settings):
@@ -210,7 +210,7 @@ def test_a_stream_trains_like_a_set(tmp_path):
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, "scale": 10.0}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=needs_adapters)])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora):
     """Draws go on where they were: dropout and rankings come from the saved random state."""
     peft = LoraConfig(r=4, target_modules=["query", "value"]) if lora else None
@@ -270,7 +270,9 @@ PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("kind", "cached"), [("bi", "plain"), ("lora", "cached"), ("cross", "cached")])
+@pytest.mark.parametrize(
+    ("kind", "cached"), [("bi", "plain"), pytest.param("lora", "cached", marks=needs_adapters), ("cross", "cached")]
+)
 def test_two_processes_train_like_one(tmp_path, kind, cached):
     from pathlib import Path
 
@@ -407,6 +409,7 @@ def test_a_model_that_diverged_stops_the_run_and_names_the_rows(tmp_path, loss_t
 # --- Adapters ---------------------------------------------------------------------------------------------------------
 
 
+@needs_adapters
 def test_only_the_adapter_is_trained_and_it_loads_again(tmp_path):
     from sentence_transformers import SentenceTransformer
 

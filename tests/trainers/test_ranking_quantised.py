@@ -13,6 +13,7 @@ from negtune.models.load import resolve
 from negtune.retrieval.encoder import causal_encoder
 from negtune.retrieval.rankers import causal_reranker
 from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.retrieval.tiny_rankers import needs_adapters
 
 
 def four_bit():
@@ -33,6 +34,7 @@ def trainer(model, folder, peft_config, **settings):
     return RankingTrainer(model=model, args=args, train_dataset=made, peft_config=peft_config)
 
 
+@needs_adapters
 @pytest.mark.parametrize("kind", sorted(BUILD))
 @pytest.mark.parametrize("cached", [None, 3])
 def test_an_adapter_on_four_bit_weights_learns_and_the_weights_stay(tmp_path, kind, cached):

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from negtune.metrics.ranking import ADDITIVE, METRICS, exponential_gain, ideal_value, place_rewards, rank_documents
+from negtune.metrics.ranking import ADDITIVE, METRICS, exponential_gain, greedy_reward, ideal_value, place_rewards
+from negtune.ops import at_least_float32
 
 ESTIMATORS = ("pl_rank", "pl_rank_loo", "rtg_loo", "loo", "reinforce")
 RewardFunction = Callable[[Tensor], Tensor]
@@ -38,10 +39,15 @@ def plackett_luce_logps(
     Returns:
         Nats; 0 for an empty list. Differentiable in `scores`.
     """
-    scores = _wide(scores).masked_fill(~mask, _lowest(scores))
-    placed, real = scores.gather(-1, rankings), mask.gather(-1, rankings)
-    terms = placed - _log_rest(placed)
-    return terms.masked_fill(~real, 0.0)[..., :k].sum(-1)
+    return place_logps(scores, rankings, mask)[..., :k].sum(-1)
+
+
+def place_logps(
+    scores: Float[Tensor, "*A D"], rankings: Int[Tensor, "*A D"], mask: Bool[Tensor, "*A D"]
+) -> Float[Tensor, "*A D"]:
+    """log pi(r_j | r_<j) = s_{r_j} - log Z_j of each place; 0 for padding. Arguments as in `plackett_luce_logps`."""
+    placed = without_padding(scores, mask).gather(-1, rankings)
+    return (placed - _log_rest(placed)).masked_fill(~mask.gather(-1, rankings), 0.0)
 
 
 def sample_rankings(
@@ -71,7 +77,8 @@ class PolicyGradient:
     """One estimate of the gradient of the expected reward, and what the samples say of the policy.
 
     Args:
-        loss: minus the mean sampled reward in value, minus the estimate in gradient.
+        loss: minus the mean sampled reward in value, minus the estimate in gradient; with the bonus for entropy and the
+            cost of KL, where asked for.
         rewards: of each sampled ranking; NaN where a reward function could not score it.
         greedy: of the ranking by score, equal scores in the worst order; None for a reward function.
         entropy: of the policy's first place, in nats.
@@ -105,11 +112,19 @@ def policy_gradient(
     reward_fn: RewardFunction | None = None,
     ideal_gains: Float[Tensor, "Q I"] | None = None,
     temperature: float = 1.0,
+    entropy_weight: float = 0.0,
+    kl_weight: float = 0.0,
+    ref_scores: Float[Tensor, "Q D"] | None = None,
     generator: torch.Generator | None = None,
 ) -> PolicyGradient:
     """Estimate the gradient of the expected reward of rankings drawn with the scores; see `ranking.pg_rank`."""
+    for name, weight in (("entropy_weight", entropy_weight), ("kl_weight", kl_weight)):
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
+    if kl_weight and ref_scores is None:
+        raise ValueError("kl_weight needs ref_scores, the scores of the warm start")
     estimator = _checked(scores, k, n_samples, estimator, metric, reward_fn, temperature)
-    logits = _wide(scores) / temperature
+    logits = at_least_float32(scores) / temperature
     if bool((logits.detach().isnan() & mask).any()):
         row = int((logits.detach().isnan() & mask).any(-1).nonzero()[0])
         raise ValueError(
@@ -131,8 +146,13 @@ def policy_gradient(
         entropy = first_place_entropy(policy, mask)
     gradient = gradient.to(logits.dtype)
     surrogate = (logits.masked_fill(~mask, 0.0) * gradient).sum(-1)
+    loss = -(mean_reward.to(logits.dtype) + surrogate - surrogate.detach())
+    if entropy_weight:
+        loss = loss - entropy_weight * first_place_entropy(logits, mask)
+    if kl_weight and ref_scores is not None:
+        loss = loss + kl_weight * first_place_kl(scores, ref_scores, mask, temperature=temperature)
     return PolicyGradient(
-        loss=-(mean_reward.to(logits.dtype) + surrogate - surrogate.detach()),
+        loss=loss,
         rewards=earned.rewards.to(logits.dtype),
         greedy=None if earned.greedy is None else earned.greedy.to(logits.dtype),
         entropy=entropy,
@@ -229,8 +249,7 @@ def _by_metric(
     judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
     ideal = ideal_value(judged.to(drawn.dtype), metric, k)
     places = place_rewards(gains.expand_as(drawn.unplaced).gather(-1, drawn.rankings), metric, ideal)
-    best = rank_documents(policy, mask, gains, "worst")[..., :k]
-    greedy = place_rewards(gains.gather(-1, best), metric, ideal).sum(-1)
+    greedy = greedy_reward(policy, gains, mask, metric, ideal, k)
     if metric not in ADDITIVE:
         return _Earned(places.sum(-1), greedy, places)
     weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
@@ -348,7 +367,7 @@ def _checked(
 def _gains(gains: Tensor, mask: Tensor, gain: str) -> Tensor:
     if gain not in ("linear", "exponential"):
         raise ValueError(f"gain must be linear or exponential, got {gain!r}")
-    gains = _wide(gains).masked_fill(~mask, 0.0).clamp(min=0)
+    gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
     return exponential_gain(gains) if gain == "exponential" else gains
 
 
@@ -364,14 +383,10 @@ def _log_rest(placed: Tensor) -> Tensor:
 
 
 def _first_place(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    scores = _wide(scores) / temperature
-    return scores.masked_fill(~mask, _lowest(scores)).log_softmax(-1)
+    return without_padding(at_least_float32(scores) / temperature, mask).log_softmax(-1)
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _lowest(values: Tensor) -> float:
-    """Stands for -inf where a gradient has to pass beside it."""
-    return torch.finfo(_wide(values).dtype).min / 4
+def without_padding(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores with padding as low as a float can be: for -inf, beside which no gradient can pass."""
+    scores = at_least_float32(scores)
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4)

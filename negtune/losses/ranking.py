@@ -7,7 +7,7 @@ one value per query; a list without a relevant document, or without an irrelevan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from negtune.losses.plackett_luce import (
     RewardFunction,
-    first_place_entropy,
-    first_place_kl,
+    place_logps,
     plackett_luce_logps,
     policy_gradient,
+    without_padding,
 )
 from negtune.metrics.ranking import exponential_gain, ideal_value, rank_documents
+from negtune.ops import at_least_float32
 
 SCHEMES = ("lambda_rank", "ndcg1", "ndcg2", "ndcg2++", "mrr")
 
@@ -76,7 +77,7 @@ def pg_rank(
 
     Reduction: mean over queries. https://arxiv.org/abs/2310.04407; PL-Rank: https://arxiv.org/abs/2204.10872
     """
-    loss = policy_gradient(
+    return policy_gradient(
         scores,
         gains,
         mask,
@@ -88,16 +89,11 @@ def pg_rank(
         reward_fn=reward_fn,
         ideal_gains=ideal_gains,
         temperature=temperature,
+        entropy_weight=entropy_weight,
+        kl_weight=kl_weight,
+        ref_scores=ref_scores,
         generator=generator,
     ).loss
-    _check(at_least_zero={"entropy_weight": entropy_weight, "kl_weight": kl_weight})
-    if entropy_weight:
-        loss = loss - entropy_weight * first_place_entropy(scores, mask, temperature=temperature)
-    if kl_weight:
-        if ref_scores is None:
-            raise ValueError("kl_weight needs ref_scores, the scores of the warm start")
-        loss = loss + kl_weight * first_place_kl(scores, ref_scores, mask, temperature=temperature)
-    return loss
 
 
 # --- One relevant document against the others ------------------------------------------------------------------------
@@ -113,10 +109,10 @@ def infonce(
 
     Reduction: mean over queries. https://arxiv.org/abs/1807.03748, equation 4
     """
-    _check(positive={"temperature": temperature})
-    scores = _wide(scores) / temperature
+    _refuse_not_positive(temperature=temperature)
+    scores = at_least_float32(scores) / temperature
     relevant, irrelevant = _sides(gains, mask)
-    negatives = _low(scores, irrelevant).logsumexp(-1, keepdim=True)
+    negatives = without_padding(scores, irrelevant).logsumexp(-1, keepdim=True)
     losses = F.softplus(negatives - scores.masked_fill(~mask, 0.0))
     both = relevant & irrelevant.any(-1, keepdim=True)
     return losses.masked_fill(~both, 0.0).sum(-1) / both.sum(-1).clamp(min=1)
@@ -140,9 +136,9 @@ def list_mle(
 
     Reduction: mean over queries of sums over places. https://dl.acm.org/doi/10.1145/1390156.1390306
     """
-    _check(positive={"temperature": temperature, "k": 1 if k is None else k})
-    best = rank_documents(_wide(gains), mask)
-    logps = plackett_luce_logps(_wide(scores) / temperature, best, mask, k=k)
+    _refuse_not_positive(temperature=temperature, k=1 if k is None else k)
+    best = rank_documents(at_least_float32(gains), mask)
+    logps = plackett_luce_logps(at_least_float32(scores) / temperature, best, mask, k=k)
     return -logps.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
 
 
@@ -155,15 +151,13 @@ def p_list_mle(
 
     Reduction: mean over queries of weighted means over places. https://auai.org/uai2014/proceedings/individuals/164.pdf
     """
-    _check(positive={"temperature": temperature})
-    scores = (_wide(scores) / temperature).masked_fill(~mask, torch.finfo(_wide(scores).dtype).min / 4)
-    best = rank_documents(_wide(gains), mask)
-    placed, real = scores.gather(-1, best), mask.gather(-1, best)
-    logps = placed - placed.flip(-1).logcumsumexp(-1).flip(-1)
-    places = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-    weights = (torch.exp2(-places) - torch.exp2(-mask.sum(-1, keepdim=True).to(scores.dtype))).masked_fill(~real, 0.0)
-    total = weights.sum(-1).clamp(min=torch.finfo(scores.dtype).tiny)
-    losses = -(logps.masked_fill(~real, 0.0) * weights).sum(-1) / total
+    _refuse_not_positive(temperature=temperature)
+    best = rank_documents(at_least_float32(gains), mask)
+    logps = place_logps(at_least_float32(scores) / temperature, best, mask)
+    places = torch.arange(1, scores.shape[-1] + 1, device=logps.device, dtype=logps.dtype)
+    weights = torch.exp2(-places) - torch.exp2(-mask.sum(-1, keepdim=True).to(logps.dtype))
+    weights = weights.masked_fill(~mask.gather(-1, best), 0.0)
+    losses = -(logps * weights).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(logps.dtype).tiny)
     return losses.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
 
 
@@ -183,9 +177,9 @@ def list_net(
 
     Reduction: mean over queries. https://dl.acm.org/doi/10.1145/1273496.1273513
     """
-    _check(positive={"temperature": temperature, "gain_temperature": gain_temperature})
-    target = _low(_wide(gains) / gain_temperature, mask).softmax(-1)
-    logps = _low(_wide(scores) / temperature, mask).log_softmax(-1)
+    _refuse_not_positive(temperature=temperature, gain_temperature=gain_temperature)
+    target = without_padding(at_least_float32(gains) / gain_temperature, mask).softmax(-1)
+    logps = without_padding(at_least_float32(scores) / temperature, mask).log_softmax(-1)
     losses = -(target * logps).masked_fill(~mask, 0.0).sum(-1)
     return losses.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
 
@@ -202,8 +196,8 @@ def rank_net(
 
     Reduction: mean over queries of means over pairs. https://icml.cc/Conferences/2015/wp-content/uploads/2015/06/icml_ranking.pdf
     """
-    _check(positive={"temperature": temperature})
-    losses, pairs = _pair_losses(_wide(scores) / temperature, gains, mask)
+    _refuse_not_positive(temperature=temperature)
+    losses, pairs = _pair_losses(at_least_float32(scores) / temperature, gains, mask)
     return losses.masked_fill(~pairs, 0.0).sum((-1, -2)) / pairs.sum((-1, -2)).clamp(min=1)
 
 
@@ -233,8 +227,8 @@ def lambda_rank(
         raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}")
     if gain not in ("linear", "exponential"):
         raise ValueError(f"gain must be linear or exponential, got {gain!r}")
-    _check(positive={"temperature": temperature, "k": 1 if k is None else k}, at_least_zero={"mu": mu})
-    scores = _wide(scores) / temperature
+    _refuse_not_positive(temperature=temperature, k=1 if k is None else k)
+    scores = at_least_float32(scores) / temperature
     with torch.no_grad():
         weights = _pair_weights(scores, gains, mask, k or scores.shape[-1], scheme, mu, gain, ideal_gains)
     losses, pairs = _pair_losses(scores, gains, mask)
@@ -250,16 +244,17 @@ def _pair_losses(scores: Tensor, gains: Tensor, mask: Tensor) -> tuple[Tensor, T
 
 def _pair_weights(scores, gains, mask, k, scheme, mu, gain, ideal_gains) -> Tensor:
     """[Q D D]."""
-    gains = _wide(gains).masked_fill(~mask, 0.0).clamp(min=0)
+    gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
     ranks = rank_documents(scores, mask, gains, "worst").argsort(-1) + 1
     top = ranks <= k
     near = (top.unsqueeze(-1) | top.unsqueeze(-2)).to(gains.dtype)
     if scheme == "mrr":
         return near * _apart(1 / ranks.to(gains.dtype))
-    transform = exponential_gain if gain == "exponential" else _same
-    judged = gains if ideal_gains is None else _wide(ideal_gains).clamp(min=0)
-    ideal = ideal_value(transform(judged), "ndcg", k).clamp(min=torch.finfo(gains.dtype).tiny)
-    gained = transform(gains) / ideal.unsqueeze(-1)
+    judged = gains if ideal_gains is None else at_least_float32(ideal_gains).clamp(min=0)
+    if gain == "exponential":
+        gains, judged = exponential_gain(gains), exponential_gain(judged)
+    ideal = ideal_value(judged, "ndcg", k).clamp(min=torch.finfo(gains.dtype).tiny)
+    gained = gains / ideal.unsqueeze(-1)
     if scheme == "ndcg1":
         return near * (gained / _discount(ranks)).unsqueeze(-1)
     exchanged = _apart(gained) * _apart(1 / _discount(ranks))
@@ -286,7 +281,10 @@ def margin_mse(
 
     Reduction: mean over queries of means over pairs. https://arxiv.org/abs/2010.02666
     """
-    scores, teacher = _wide(scores).masked_fill(~mask, 0.0), _wide(teacher_scores).masked_fill(~mask, 0.0)
+    scores, teacher = (
+        at_least_float32(scores).masked_fill(~mask, 0.0),
+        at_least_float32(teacher_scores).masked_fill(~mask, 0.0),
+    )
     relevant, irrelevant = _sides(gains, mask)
     pairs = relevant.unsqueeze(-1) & irrelevant.unsqueeze(-2)
     gap = (teacher - scores).unsqueeze(-1) - (teacher - scores).unsqueeze(-2)
@@ -308,31 +306,24 @@ def kl_distill(
 
     Reduction: mean over queries. https://arxiv.org/abs/1503.02531
     """
-    _check(positive={"temperature": temperature, "teacher_temperature": teacher_temperature})
-    target = _low(_wide(teacher_scores) / teacher_temperature, mask).log_softmax(-1)
-    logps = _low(_wide(scores) / temperature, mask).log_softmax(-1)
+    _refuse_not_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    target = without_padding(at_least_float32(teacher_scores) / teacher_temperature, mask).log_softmax(-1)
+    logps = without_padding(at_least_float32(scores) / temperature, mask).log_softmax(-1)
     return (target.exp() * (target - logps)).masked_fill(~mask, 0.0).sum(-1)
 
 
 # --- Shared -----------------------------------------------------------------------------------------------------------
 
 
-def _check(*, positive: Mapping[str, float] = {}, at_least_zero: Mapping[str, float] = {}) -> None:
-    for name, value in positive.items():
+def _refuse_not_positive(**values: float | int) -> None:
+    for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-    for name, value in at_least_zero.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 def _sides(gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Relevant and irrelevant documents, both [Q D]."""
     return (gains > 0) & mask, ~(gains > 0) & mask
-
-
-def _low(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4)
 
 
 def _apart(values: Tensor) -> Tensor:
@@ -341,14 +332,6 @@ def _apart(values: Tensor) -> Tensor:
 
 def _discount(ranks: Tensor) -> Tensor:
     return torch.log2(1.0 + ranks)
-
-
-def _same(gains: Tensor) -> Tensor:
-    return gains
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -95,6 +95,20 @@ def place_rewards(
     return _over(_counted(gains, metric) * _weights(gains, metric), ideal)
 
 
+def greedy_reward(
+    scores: Float[Tensor, "Q D"],
+    gains: Float[Tensor, "Q D"],
+    mask: Bool[Tensor, "Q D"],
+    metric: str,
+    ideal: Float[Tensor, " Q"],
+    k: int,
+) -> Float[Tensor, " Q"]:
+    """Metric of the first `k` documents by score, equal scores in the worst order; padding is not read."""
+    gains = gains.masked_fill(~mask, 0.0)
+    best = rank_documents(scores, mask, gains, "worst")[..., :k]
+    return place_rewards(gains.gather(-1, best), metric, ideal).sum(-1)
+
+
 def expected_place_rewards(
     ranked_gains: Float[Tensor, "Q D"], tied: Int[Tensor, "Q D"], metric: str, ideal: Float[Tensor, " Q"], k: int
 ) -> Float[Tensor, "Q k"]:

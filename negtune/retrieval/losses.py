@@ -32,9 +32,10 @@ from negtune._st_compat import (
     embed_columns,
     has_static_embedding_input,
 )
-from negtune.losses.plackett_luce import PolicyGradient, first_place_entropy, first_place_kl, policy_gradient
+from negtune.losses.plackett_luce import PolicyGradient, policy_gradient
 from negtune.losses.ranking import RANKING_LOSSES
-from negtune.metrics.ranking import ideal_value, place_rewards, rank_documents
+from negtune.metrics.ranking import greedy_reward, ideal_value
+from negtune.ops import at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -248,13 +249,11 @@ class RankingLoss(CachedLossMixin, nn.Module):
     def _scores(self, reps: Sequence[Sequence[Tensor]], lists: Lists) -> Tensor:
         """[B D], in float32 or wider, times the scale."""
         if self.kind == "cross_encoder":
-            return _wide(torch.cat(list(reps[0])))[lists.documents] * self.scale
+            return at_least_float32(torch.cat(list(reps[0])))[lists.documents] * self.scale
         if self.kind == "multi_vector":
             return self._max_sim(reps, lists) * self.scale
-        queries, documents = (
-            _wide(torch.cat(list(reps[0]))),
-            _wide(torch.cat([r for column in reps[1:] for r in column])),
-        )
+        parts = list(reps[0]), [r for column in reps[1:] for r in column]
+        queries, documents = (at_least_float32(torch.cat(part)) for part in parts)
         if self.cosine:
             queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
         if lists.documents.shape[-1] >= len(documents):
@@ -265,8 +264,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         queries, documents = _stack_tokens(reps[0]), _stack_tokens([r for column in reps[1:] for r in column])
         rows, columns = lists.mask.nonzero(as_tuple=True)
         wanted = documents[lists.documents[rows, columns]]
-        q, q_mask = _wide(queries[rows][..., :-1]), queries[rows][..., -1] > 0
-        d, d_mask = _wide(wanted[..., :-1]), wanted[..., -1] > 0
+        q, q_mask = at_least_float32(queries[rows][..., :-1]), queries[rows][..., -1] > 0
+        d, d_mask = at_least_float32(wanted[..., :-1]), wanted[..., -1] > 0
         found = colbert_scores_pairwise(q, d, queries_mask=q_mask, documents_mask=d_mask)
         return torch.zeros(lists.mask.shape, dtype=found.dtype, device=found.device).index_put((rows, columns), found)
 
@@ -318,13 +317,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         present[own.flatten()] = True
         shape = (len(gains), n_documents)
         everywhere = torch.arange(n_documents, device=gains.device).expand(shape)
-        if self.teacher or self.loss_kwargs.get("kl_weight"):
-            raise ValueError(
-                "in_batch has no teacher's scores, and none of the warm start, for documents of other queries; leave "
-                "in_batch out"
-            )
-        own = {"teacher": None, "start": None}
-        return replace(lists, gains=gains[:, :-1], mask=present[:-1].expand(shape), documents=everywhere, **own)
+        mask = present[:-1].expand(shape)
+        return replace(lists, gains=gains[:, :-1], mask=mask, documents=everywhere, teacher=None, start=None)
 
     # --- from scores to the loss --------------------------------------------------------------------------------------
 
@@ -335,16 +329,13 @@ class RankingLoss(CachedLossMixin, nn.Module):
         if self.objective is not None:
             losses = self.objective(scores, lists.gains, lists.mask)
         elif self.loss_type == "pg_rank":
-            found, losses = self._policy_gradient(scores, lists)
+            found = self._policy_gradient(scores, lists)
+            losses = found.loss
         else:
             losses = RANKING_LOSSES[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
         counted, mode = self.counted(lists), "train" if torch.is_grad_enabled() else "eval"
-        if mode == "eval":
-            sums = self._sums[mode]["loss"]
-            sums[0] += float(losses.detach()[counted].double().sum())
-            sums[1] += int(counted.sum())
         with torch.no_grad():
-            self._track(mode, scores, lists, counted, found)
+            self._track(mode, scores, lists, counted, losses, found)
             if mode == "train" and found is not None:
                 self._watch(found, counted)
         losses = losses.masked_fill(~counted, 0.0)
@@ -368,25 +359,17 @@ class RankingLoss(CachedLossMixin, nn.Module):
             arguments["ideal_gains"] = lists.ideal
         return arguments
 
-    def _policy_gradient(self, scores: Tensor, lists: Lists) -> tuple[PolicyGradient, Tensor]:
-        settings = dict(self.loss_kwargs)
-        entropy_weight, kl_weight = settings.pop("entropy_weight", 0.0), settings.pop("kl_weight", 0.0)
-        settings["k"] = min(settings.get("k", 10), scores.shape[-1])
+    def _policy_gradient(self, scores: Tensor, lists: Lists) -> PolicyGradient:
+        settings = {**self.loss_kwargs, "k": min(self.loss_kwargs.get("k", 10), scores.shape[-1])}
         if self.reward_fn is not None:
             settings["reward_fn"] = partial(self.reward_fn, rows=lists.rows)
         if not torch.is_grad_enabled():  # an evaluation draws the same every time, and nothing from the training's
             settings["generator"] = torch.Generator(device=scores.device).manual_seed(0)
-        found = policy_gradient(scores, lists.gains, lists.mask, ideal_gains=lists.ideal, **settings)
-        losses, temperature = found.loss, settings.get("temperature", 1.0)
-        if entropy_weight:
-            losses = losses - entropy_weight * first_place_entropy(scores, lists.mask, temperature=temperature)
-        if kl_weight:
-            if lists.start is None and not torch.is_grad_enabled():
-                return found, losses  # lists to evaluate have no scores of the warm start
             if lists.start is None:
-                raise ValueError("kl_weight needs the scores of the warm start, which RankingTrainer computes")
-            losses = losses + kl_weight * first_place_kl(scores, lists.start, lists.mask, temperature=temperature)
-        return found, losses
+                settings.pop("kl_weight", None)  # lists to evaluate have no scores of the warm start
+        return policy_gradient(
+            scores, lists.gains, lists.mask, ideal_gains=lists.ideal, ref_scores=lists.start, **settings
+        )
 
     # --- what a person watches ----------------------------------------------------------------------------------------
 
@@ -404,7 +387,15 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self._sums[mode].clear()
         return found
 
-    def _track(self, mode: str, scores: Tensor, lists: Lists, counted: Tensor, found: PolicyGradient | None) -> None:
+    def _track(
+        self,
+        mode: str,
+        scores: Tensor,
+        lists: Lists,
+        counted: Tensor,
+        losses: Tensor,
+        found: PolicyGradient | None,
+    ) -> None:
         sums = self._sums[mode]
         scores = scores.detach()
 
@@ -413,6 +404,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             sums[name][0] += float(kept.sum())
             sums[name][1] += kept.numel()
 
+        if mode == "eval":
+            add("loss", losses.detach(), counted)
         relevant = lists.relevant
         add("positive/score", scores, relevant)
         add("negative/score", scores, lists.mask & ~relevant)
@@ -422,10 +415,9 @@ class RankingLoss(CachedLossMixin, nn.Module):
         add("queries/skipped", (~counted).double(), torch.ones_like(counted))
         if found is None or found.greedy is None:
             k = min(self.loss_kwargs.get("k") or 10, scores.shape[-1])
-            gains = lists.gains.masked_fill(~lists.mask, 0.0)
-            ideal = ideal_value(gains if lists.ideal is None else lists.ideal, "ndcg", k)
-            best = rank_documents(scores, lists.mask, gains, "worst")[..., :k]
-            add("reward/greedy", place_rewards(gains.gather(-1, best), "ndcg", ideal).sum(-1), relevant.any(-1))
+            judged = lists.gains.masked_fill(~lists.mask, 0.0) if lists.ideal is None else lists.ideal
+            greedy = greedy_reward(scores, lists.gains, lists.mask, "ndcg", ideal_value(judged, "ndcg", k), k)
+            add("reward/greedy", greedy, relevant.any(-1))
         if found is None:
             return
         if found.greedy is not None:
@@ -561,7 +553,3 @@ def _rows(features: Mapping[str, Any]) -> int:
     if "offsets" in features and features["input_ids"].ndim == 1:
         return len(features["offsets"])
     return len(features["input_ids"])
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

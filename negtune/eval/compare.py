@@ -1,8 +1,9 @@
 """Arms x learning rates x seeds -> one table with intervals, fair by construction.
 
-1. Sweep: every arm runs at as many rates as every other, on one seed. Its best rate goes on. (None with one rate each.)
-2. Confirmation: that rate on fresh seeds, the same for all arms. Only these runs enter the table, so that the choice of
-   the rate does not flatter an arm.
+1. Sweep: every arm runs at as many rates as every other, on one seed, each rate with each of its options (a scale, a
+   beta). Its best try goes on. (None with one try each.)
+2. Confirmation: that try on fresh seeds, the same for all arms. Only these runs enter the table, so that the choice
+   does not flatter an arm.
 
 Doing nothing is measured on the same seeds. What a run spends is counted and compared, not trusted. Every finished run
 is a line of `runs.jsonl`: a comparison that was killed goes on where it was.
@@ -46,16 +47,23 @@ class Arm:
 
     Args:
         name: in the table.
-        run: `(rate, seed) -> metrics` of one run, `tokens_sampled` and `gradient_steps` among them. NaN (or infinity)
-            as the compared metric says that it diverged. An exception ends the comparison.
+        run: `(rate, seed, **option) -> metrics` of one run, `tokens_sampled` and `gradient_steps` among them. NaN (or
+            infinity) as the compared metric says that it diverged. An exception ends the comparison.
         rates: learning rates to sweep, above 0.
+        options: settings to sweep beside the rate, each with every rate: `[{"scale": 5}, {"scale": 20}]`.
         settings: whatever else decides a result of this arm alone; its runs with others in the folder are not used.
     """
 
     name: str
-    run: Callable[[float, int], Mapping[str, float]]
+    run: Callable[..., Mapping[str, float]]
     rates: Sequence[float]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Sequence[Mapping[str, Any]] = ({},)
+
+    @property
+    def tries(self) -> list[tuple[float, Mapping[str, Any]]]:
+        """Every rate with every option."""
+        return [(rate, option) for option in self.options for rate in self.rates]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Finished:
         settings: those of `compare`, and under `arm` those of the arm, if it has any.
         metrics: what the run returned; not-finite numbers are NaN.
         seconds: it took.
+        option: what was swept beside the rate.
     """
 
     arm: str
@@ -79,6 +88,7 @@ class Finished:
     settings: Mapping[str, Any]
     metrics: Mapping[str, float]
     seconds: float = field(default=0.0, compare=False)
+    option: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Finished:
@@ -100,6 +110,7 @@ class Comparison:
         better: `higher` or `lower`.
         baseline: arm that the others are compared with.
         rates: arm to its chosen rate.
+        options: arm to its chosen option.
         sweep: every run of the sweep.
         confirmed: every run on a fresh seed.
         worst: what `metric` counts as in a run that diverged.
@@ -116,6 +127,7 @@ class Comparison:
     worst: float | None
     confidence: float
     notes: list[str] = field(default_factory=list)
+    options: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -150,12 +162,15 @@ class Comparison:
         about = (
             f"Mean ± {self.confidence:.0%} Student t interval over {len(seeds)} seeds ({', '.join(map(str, seeds))})"
         )
-        about += f"; rates chosen on another seed by `{self.metric}` ({self.better} is better)." if self.sweep else "."
+        swept = " and ".join(["rates", *sorted({name for run in self.sweep for name in run.option})])
+        about += (
+            f"; {swept} chosen on another seed by `{self.metric}` ({self.better} is better)." if self.sweep else "."
+        )
         notes = ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
         blocks = [about, *notes, _means(self), f"Paired difference to {self.baseline}, seed by seed:"]
         blocks += [_differences(self)]
         if self.sweep:
-            blocks += [f"Sweep of `{self.metric}`, one seed, the chosen rate in bold:", _sweep(self)]
+            blocks += [f"Sweep of `{self.metric}`, one seed, the chosen try in bold:", _sweep(self)]
         return "\n\n".join(blocks) + "\n"
 
 
@@ -178,10 +193,10 @@ def compare(
     """Run every arm, or take what `folder` holds of it, and compare.
 
     Args:
-        arms: each with the same number of rates.
+        arms: each with the same number of tries.
         do_nothing: `seed -> metrics` of the untrained start, measured as the arms measure; no budgets needed.
         seeds: of the confirmation, two or more.
-        sweep_seed: of the sweep, none of `seeds`. Nothing is swept where every arm has one rate.
+        sweep_seed: of the sweep, none of `seeds`. Nothing is swept where every arm has one try.
         metric: chooses the rates. To choose them on other rows than the table shows, let a run return both.
         folder: of `runs.jsonl`, created if missing.
         better: `higher` or `lower`.
@@ -199,17 +214,25 @@ def compare(
     """
     _check(arms, seeds, sweep_seed, better, baseline)
     runner = _Runner(Path(folder), strict(settings or {}), metric)
-    rates, sweep = {arm.name: arm.rates[0] for arm in arms}, []
-    if len(arms[0].rates) > 1:
-        tries = [Job(arm.name, "sweep", rate, sweep_seed, arm.run, arm.settings) for arm in arms for rate in arm.rates]
+    chosen, sweep = {arm.name: arm.tries[0] for arm in arms}, []
+    if len(arms[0].tries) > 1:
+        tries = [
+            Job(arm.name, "sweep", rate, sweep_seed, arm.run, arm.settings, option)
+            for arm in arms
+            for rate, option in arm.tries
+        ]
         sweep = runner.run_all(tries, workers)
-        rates = {arm.name: _best_rate([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
+        chosen = {arm.name: _best_try([run for run in sweep if run.arm == arm.name], metric, better) for arm in arms}
     jobs = []
     for seed in seeds:  # one seed of all arms after the other: a comparison that is stopped early is still a fair one
         jobs.append(Job(DO_NOTHING, "confirm", 0.0, seed, lambda rate, seed: do_nothing(seed)))
-        jobs += [Job(arm.name, "confirm", rates[arm.name], seed, arm.run, arm.settings) for arm in arms]
+        for arm in arms:
+            rate, option = chosen[arm.name]
+            jobs.append(Job(arm.name, "confirm", rate, seed, arm.run, arm.settings, option))
     confirmed = runner.run_all(jobs, workers)
-    found = Comparison(metric, better, baseline, rates, sweep, confirmed, worst, confidence)
+    rates = {name: rate for name, (rate, _) in chosen.items()}
+    options = {name: option for name, (_, option) in chosen.items()}
+    found = Comparison(metric, better, baseline, rates, sweep, confirmed, worst, confidence, options=options)
     edges = list(_edge_notes(found))
     for note in edges:
         warnings.warn(note, EdgeOfSweepWarning, stacklevel=2)
@@ -218,15 +241,17 @@ def compare(
 
 def _check(arms: Sequence[Arm], seeds: Sequence[int], sweep_seed: int, better: str, baseline: str) -> None:
     """Raise ValueError for a comparison that would not be fair, or not be readable."""
-    names, counts = [DO_NOTHING, *(arm.name for arm in arms)], {arm.name: len(arm.rates) for arm in arms}
+    names, counts = [DO_NOTHING, *(arm.name for arm in arms)], {arm.name: len(arm.tries) for arm in arms}
     twice = [name for name, count in Counter(names).items() if count > 1]
     if not arms or twice:
         raise ValueError(f"need arms of different names, got {names}; {DO_NOTHING!r} is taken")
     if len(set(counts.values())) > 1 or 0 in counts.values():
-        raise ValueError(f"every arm needs the same number of rates, got {counts}")
+        raise ValueError(f"every arm needs the same number of tries (rates x options), got {counts}")
     for arm in arms:
         if len(set(arm.rates)) < len(arm.rates) or min(arm.rates) <= 0:
             raise ValueError(f"rates must be different and above 0, got {list(arm.rates)} for {arm.name}")
+        if any(option in list(arm.options)[:i] for i, option in enumerate(arm.options)):
+            raise ValueError(f"options must be different, got {list(arm.options)} for {arm.name}")
     if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"an interval needs at least 2 seeds, all different, got {list(seeds)}")
     if sweep_seed in seeds:
@@ -245,8 +270,9 @@ class Job:
     stage: str
     rate: float
     seed: int
-    run: Callable[[float, int], Mapping[str, float]]
+    run: Callable[..., Mapping[str, float]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    option: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Runner:
@@ -289,19 +315,21 @@ class _Runner:
             results.put((number, None, traceback.format_exc()))
 
     def _known(self, job: Job) -> Finished | None:
-        wanted = job.arm, job.rate, job.seed, self._settings(job)
-        return next((run for run in self.done if (run.arm, run.rate, run.seed, run.settings) == wanted), None)
+        wanted = job.arm, job.rate, strict(job.option), job.seed, self._settings(job)
+        known = (run for run in self.done if (run.arm, run.rate, run.option, run.seed, run.settings) == wanted)
+        return next(known, None)
 
     def _settings(self, job: Job) -> dict[str, Any]:
         return {**self.settings, **({"arm": strict(job.settings)} if job.settings else {})}
 
     def _make(self, job: Job) -> Finished:
-        logger.info("%s: %s, rate %g, seed %d", job.stage, job.arm, job.rate, job.seed)
+        logger.info("%s: %s, %s, seed %d", job.stage, job.arm, _try(job.rate, job.option), job.seed)
         start = time.perf_counter()
-        metrics = {name: float(value) for name, value in job.run(job.rate, job.seed).items()}
+        metrics = {name: float(value) for name, value in job.run(job.rate, job.seed, **job.option).items()}
         metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
         seconds = round(time.perf_counter() - start, 2)
-        run = Finished(job.arm, job.stage, job.rate, job.seed, self._settings(job), metrics, seconds)
+        settings, option = self._settings(job), strict(job.option)
+        run = Finished(job.arm, job.stage, job.rate, job.seed, settings, metrics, seconds, option)
         _check_metrics(run, self.metric)
         return run
 
@@ -321,23 +349,34 @@ def _check_metrics(run: Finished, metric: str) -> None:
         )
 
 
-def _best_rate(sweep: Sequence[Finished], metric: str, better: str) -> float:
-    """The rate of the best run; of equally good ones the smallest. A run that diverged is worse than all others."""
+def _best_try(sweep: Sequence[Finished], metric: str, better: str) -> tuple[float, Mapping[str, Any]]:
+    """Rate and option of the best run; of equally good ones that of the smallest rate, and the first option.
+
+    A run that diverged is worse than all others.
+    """
     sign = 1 if better == "higher" else -1
 
     def goodness(run: Finished) -> tuple[float, float]:
         value = run.value(metric)
         return (-math.inf if math.isnan(value) else sign * value), -run.rate
 
-    return max(sweep, key=goodness).rate
+    best = max(sweep, key=goodness)
+    return best.rate, best.option
 
 
 def _edge_notes(found: Comparison) -> Iterator[str]:
     for arm, rate in found.rates.items():
-        tried = sorted(run.rate for run in found.sweep if run.arm == arm)
-        if len(tried) > 1 and rate in (tried[0], tried[-1]):
-            end, way = ("largest", "larger") if rate == tried[-1] else ("smallest", "smaller")
-            yield f"{arm}: the chosen rate {rate:g} is the {end} that was tried; sweep {way} ones too"
+        runs = [run for run in found.sweep if run.arm == arm]
+        numbers = {"rate": (rate, [run.rate for run in runs])}
+        for name, value in found.options.get(arm, {}).items():
+            tried = [run.option.get(name) for run in runs]
+            if all(isinstance(one, int | float) and not isinstance(one, bool) for one in tried):
+                numbers[name] = value, tried
+        for name, (value, tried) in numbers.items():
+            low, high = min(tried, default=value), max(tried, default=value)
+            if low < high and value in (low, high):
+                end, way = ("largest", "larger") if value == high else ("smallest", "smaller")
+                yield f"{arm}: the chosen {name} {value:g} is the {end} that was tried; sweep {way} ones too"
 
 
 def _divergence_notes(found: Comparison) -> Iterator[str]:
@@ -367,7 +406,7 @@ def _budget_notes(found: Comparison, tolerance: float) -> Iterator[str]:
 def _means(found: Comparison) -> str:
     names, lines = _names(found), []
     for arm in found.arms:
-        rate = f"{found.rates[arm]:g}" if arm in found.rates else "–"
+        rate = _try(found.rates[arm], found.options.get(arm, {})) if arm in found.rates else "–"
         lines.append([arm, rate, *(_cell(found, found.values(arm, name)) for name in names)])
     return _table(["arm", "rate", *names], lines)
 
@@ -382,13 +421,19 @@ def _differences(found: Comparison) -> str:
 def _sweep(found: Comparison) -> str:
     lines = []
     for arm, best in found.rates.items():
-        cells = []
+        cells, option = [], found.options.get(arm, {})
         for run in (run for run in found.sweep if run.arm == arm):
             value = run.value(found.metric)
-            text = f"{run.rate:g}: {'diverged' if math.isnan(value) else f'{value:.4g}'}"
-            cells.append(f"**{text}**" if run.rate == best else text)
+            text = f"{_try(run.rate, run.option)}: {'diverged' if math.isnan(value) else f'{value:.4g}'}"
+            cells.append(f"**{text}**" if (run.rate, run.option) == (best, option) else text)
         lines.append([arm, *cells])
-    return _table(["arm", *(f"rate {i + 1}" for i in range(len(lines[0]) - 1))], lines)
+    return _table(["arm", *(f"try {i + 1}" for i in range(len(lines[0]) - 1))], lines)
+
+
+def _try(rate: float, option: Mapping[str, Any]) -> str:
+    """`0.01, scale 5`."""
+    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in option.items()}
+    return ", ".join([f"{rate:g}", *(f"{name} {value}" for name, value in values.items())])
 
 
 def _names(found: Comparison) -> list[str]:

@@ -2,10 +2,10 @@
 
 Paper       Policy-Gradient Training of Language Models for Ranking, https://arxiv.org/abs/2310.04407
 Data        A folder in BEIR's layout or a Hub id (--data); left out: made up. Split by query.
-Controls    The same start, training queries, mined lists, queries a step and steps for all arms; the rate swept per arm
-            with the same budget on held-out training queries; doing nothing and sentence-transformers' own loss in the
-            table; fresh seeds; a paired permutation test over queries. InfoNCE "in batch" sees one relevant document a
-            query and no mined list, which is what that loss is.
+Controls    The same start, training queries, mined lists, queries a step and steps for all arms; rate and scale of the
+            scores swept per arm with the same budget on held-out training queries; doing nothing and
+            sentence-transformers' own loss in the table; fresh seeds; a paired permutation test over queries. InfoNCE
+            "in batch" sees one relevant document a query and no mined list, which is what that loss is.
 Figures     ndcg@10, mrr@10, recall@100: search of the whole corpus. rerank/: BM25's first hundred, reranked.
             guaranteed/: the same lists with all relevant documents put in, as reranking papers report; not comparable.
 Expected    The paper claims gains where training and evaluation are the same thing, and none for first-stage search.
@@ -23,7 +23,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ parser.add_argument("--train_split", help="judgements to train on; instead of th
 parser.add_argument("--encoder", help="wordllama, minilm, a folder or a Hub id; instead of the file's")
 parser.add_argument("--arms", nargs="+", help="of the file's only these")
 parser.add_argument("--rates", type=float, nargs="+", help="learning rates to sweep, instead of the file's")
+parser.add_argument(
+    "--scales", type=float, nargs="+", help="of the scores, each with every rate, instead of the file's"
+)
 parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
 parser.add_argument("--steps", type=int, help="instead of the file's")
 parser.add_argument("--warm_steps", type=int, help="of InfoNCE before all arms; instead of the file's")
@@ -82,6 +85,7 @@ class Grid:
     warm_steps: int = 0
     warm_rate: float = 1e-2
     rates: list[float] = field(default_factory=lambda: [1e-2])
+    scales: list[float] | None = None
     sweep_seed: int = 0
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
@@ -92,21 +96,30 @@ class Grid:
         for name, arm in self.arms.items():
             if not isinstance(arm, dict) or arm.get("trainer") not in ("mnrl", "ranking"):
                 raise ValueError(f"arm {name!r} needs trainer: mnrl or ranking, and settings")
-            self.config(name, 1e-3, 0, Path("runs"))
+            for option in self.options:
+                self.config(name, 1e-3, 0, Path("runs"), **option)
 
-    def config(self, name: str, rate: float, seed: int, folder: Path) -> Any:
+    @property
+    def options(self) -> list[dict[str, float]]:
+        """What is swept beside the rate."""
+        return [{}] if self.scales is None else [{"scale": scale} for scale in self.scales]
+
+    def config(self, name: str, rate: float, seed: int, folder: Path, **option: float) -> Any:
         """Training arguments of a run of an arm."""
         arm = {key: value for key, value in self.arms[name].items() if key not in ("trainer", "rates", "negatives")}
         for key in SHARED:
             if key in arm:
                 raise ValueError(f"arm {name!r}: {key} is the same for all arms; leave it out")
+        for key in option:
+            if key in arm:
+                raise ValueError(f"arm {name!r}: {key} is swept (--{key}s); leave it out of the arm or of the sweep")
         shared = self.shared(rate, seed, folder)
         try:
             if self.arms[name]["trainer"] == "mnrl":
                 if arm:
                     raise ValueError(f"mnrl has no setting {next(iter(arm))!r}; it has negatives")
                 return SentenceTransformerTrainingArguments(**shared)
-            return RankingConfig(**shared, redact=True, **arm)
+            return RankingConfig(**shared, redact=True, **arm, **option)
         except (TypeError, ValueError) as error:
             raise ValueError(f"arm {name!r}: {error}") from error
 
@@ -121,7 +134,7 @@ class Grid:
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result of a run, besides its arm, rate and seed."""
-        left_out = ("seeds", "sweep_seed", "rates", "arms", "data")
+        left_out = ("seeds", "sweep_seed", "rates", "scales", "arms", "data")
         return {**{k: v for k, v in vars(self).items() if k not in left_out}, "data": Path(self.data or "made up").name}
 
 
@@ -131,7 +144,8 @@ def read_grid(args: argparse.Namespace) -> Grid:
     unknown = sorted(set(found) - {f.name for f in fields(Grid)})
     if unknown:
         raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
-    given = ("data", "train_split", "encoder", "rates", "seeds", "steps", "max_length", "warm_steps", "warm_rate")
+    given = ("data", "train_split", "encoder", "rates", "scales", "seeds", "steps", "max_length")
+    given += ("warm_steps", "warm_rate")
     found |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.arms is not None:
         for name in args.arms:
@@ -141,7 +155,15 @@ def read_grid(args: argparse.Namespace) -> Grid:
     grid = Grid(**found)
     if not args.smoke:
         return grid
-    small = {"steps": 5, "batch": 4, "n_documents": 10, "seeds": [1, 2], "rates": [3e-3, 3e-2], "encoder": "tiny"}
+    small = {
+        "scales": [5.0, 20.0] if grid.scales else None,
+        "steps": 5,
+        "batch": 4,
+        "n_documents": 10,
+        "seeds": [1, 2],
+        "rates": [1e-2],
+        "encoder": "tiny",
+    }
     return replace(grid, **small)
 
 
@@ -179,27 +201,28 @@ class Task:
             self.parts = {seed: (lists, test, bm25_run(test), model)}
         return self.parts[seed]
 
-    def measure(self, model: Any, name: str, rate: float, seed: int) -> dict[str, float]:
+    def measure(self, model: Any, seed: int, name: str) -> dict[str, float]:
         _, test, lexical, _ = self.part(seed)
         found: Measured = measured(model, test, lexical)
         if seed != self.grid.sweep_seed:
             (self.folder / "per_query").mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "per_query" / f"{name} {rate:g} {seed}.json".replace(" ", "_"), found.per_query())
+            write_json(self.folder / "per_query" / f"{name}.json", found.per_query())
         return found.metrics()
 
     def nothing(self, seed: int) -> dict[str, float]:
-        return self.measure(self.part(seed)[3], DO_NOTHING, 0, seed)
+        return self.measure(self.part(seed)[3], seed, file_name(DO_NOTHING, 0, seed))
 
-    def trained(self, name: str, rate: float, seed: int) -> Mapping[str, float]:
+    def trained(self, name: str, rate: float, seed: int, **option: float) -> Mapping[str, float]:
         """Metrics of one run of an arm."""
         lists, _, _, start = self.part(seed)
         arm, model = self.grid.arms[name], copy.deepcopy(start)
-        args = self.grid.config(name, rate, seed, self.folder / "runs" / f"{name} {rate:g} {seed}".replace(" ", "_"))
+        called = file_name(name, rate, seed, option)
+        args = self.grid.config(name, rate, seed, self.folder / "runs" / called, **option)
         if arm["trainer"] == "mnrl":
             most = self.grid.n_documents - max(1, self.grid.n_documents // 2)
             rows = Dataset.from_list(tuples(lists, min(arm.get("negatives", 0), most), seed))
             model.model_card_data.generate_widget_examples = False
-            loss = MultipleNegativesRankingLoss(model)
+            loss = MultipleNegativesRankingLoss(model, **option)
             trainer: Any = SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss)
             trainer.remove_callback(PrinterCallback)
         else:
@@ -211,7 +234,13 @@ class Task:
         if not all(p.isfinite().all() for p in trainer.model.parameters()):
             return {"ndcg@10": math.nan}
         spent = {"tokens_sampled": 0.0, "gradient_steps": float(trainer.state.global_step)}
-        return {**self.measure(trainer.model, name, rate, seed), **spent}
+        return {**self.measure(trainer.model, seed, called), **spent}
+
+
+def file_name(arm: str, rate: float, seed: int, option: Mapping[str, float] | None = None) -> str:
+    """Of a run."""
+    swept = [f"{name} {value:g}" for name, value in (option or {}).items()]
+    return " ".join([arm, f"{rate:g}", *swept, str(seed)]).replace(" ", "_")
 
 
 def tuples(lists: list[CandidateList], negatives: int, seed: int) -> list[dict[str, str]]:
@@ -233,7 +262,7 @@ def tests(found: Comparison, folder: Path, baseline: str) -> str:
     for name in found.arms:
         seen: dict[str, list[float]] = defaultdict(list)
         for run in (r for r in found.confirmed if r.arm == name):
-            file = folder / "per_query" / f"{name} {run.rate:g} {run.seed}.json".replace(" ", "_")
+            file = folder / "per_query" / f"{file_name(name, run.rate, run.seed, run.option)}.json"
             for query_id, value in (read_json(file) if file.exists() else {}).items():
                 seen[query_id].append(value)
         values[name] = {query_id: sum(found) / len(found) for query_id, found in seen.items()}
@@ -256,9 +285,7 @@ def main() -> None:
     grid = read_grid(args)
     task = Task(grid, args.output_dir)
     arms = [
-        Arm(
-            name, lambda rate, seed, name=name: task.trained(name, rate, seed), tuple(arm.get("rates", grid.rates)), arm
-        )
+        Arm(name, partial(task.trained, name), tuple(arm.get("rates", grid.rates)), arm, grid.options)
         for name, arm in grid.arms.items()
     ]
     found = compare(

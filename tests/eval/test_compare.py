@@ -103,6 +103,41 @@ def test_lower_is_better_when_asked_for(tmp_path):
     assert "(lower is better)" in found.markdown()
 
 
+def test_the_best_rate_and_option_are_chosen_together(tmp_path):
+    def scaled(rate, seed, scale):
+        return peak({5: 1e-2, 20: 1e-4}[scale], {5: 0.7, 20: 0.6}[scale])(rate, seed)
+
+    rates, options = (1e-4, 1e-3, 1e-2), ({"scale": 5}, {"scale": 20})
+    arms = [Arm("ours", scaled, rates, options=options), Arm("plain", peak(1e-3), (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0))]
+    with pytest.warns(EdgeOfSweepWarning):
+        found = comparison(tmp_path, arms)
+    assert (found.rates["ours"], found.options["ours"]) == (1e-2, {"scale": 5})
+    assert found.values("ours", "accuracy") == pytest.approx({1: 0.71, 2: 0.72, 3: 0.73})
+    assert "ours: the chosen scale 5 is the smallest that was tried; sweep smaller ones too" in found.notes
+    text = found.markdown()
+    assert "; rates and scale chosen on another seed by" in text
+    assert "| ours | 0.01, scale 5 |" in text
+    assert "| 0.0001, scale 20: 0.6 |" in text
+    assert text.count("**") == 4  # one try of each arm
+
+    def never(rate, seed, scale):
+        raise AssertionError("what is on the disk is not run again")
+
+    with pytest.warns(EdgeOfSweepWarning):
+        again = comparison(tmp_path, [Arm("ours", never, rates, options=options), arms[1]])
+    assert (again.rates, again.options) == (found.rates, found.options)
+    assert again.values("ours", "accuracy") == found.values("ours", "accuracy")
+
+
+def test_options_are_not_swept_where_there_is_one(tmp_path):
+    arm = Arm(
+        "ours", lambda rate, seed, scale: {"accuracy": scale / 10 + seed, **BUDGET}, (1.0,), options=({"scale": 5},)
+    )
+    found = comparison(tmp_path, [arm])
+    assert found.sweep == []
+    assert found.values("ours", "accuracy") == {1: 1.5, 2: 2.5, 3: 3.5}
+
+
 def test_of_equally_good_rates_the_smallest_is_taken(tmp_path):
     flat = Arm("flat", lambda rate, seed: {"accuracy": 0.5, **BUDGET}, (1e-2, 1e-4, 1e-3))
     with pytest.warns(EdgeOfSweepWarning):
@@ -118,8 +153,13 @@ def test_of_equally_good_rates_the_smallest_is_taken(tmp_path):
         ({"arms": []}, "need arms"),
         ({"arms": [Arm("a", peak(1), (1.0,)), Arm("a", peak(1), (1.0,))]}, "different names"),
         ({"arms": [Arm(DO_NOTHING, peak(1), (1.0,))]}, "'do nothing' is taken"),
-        ({"arms": [Arm("a", peak(1), (1.0, 2.0)), Arm("b", peak(1), (1.0,))]}, r"same number of rates.*'a': 2, 'b': 1"),
-        ({"arms": [Arm("a", peak(1), ())]}, "same number of rates"),
+        ({"arms": [Arm("a", peak(1), (1.0, 2.0)), Arm("b", peak(1), (1.0,))]}, r"same number of tries.*'a': 2, 'b': 1"),
+        (
+            {"arms": [Arm("a", peak(1), (1.0, 2.0)), Arm("b", peak(1), (1.0, 2.0), options=({"x": 1}, {"x": 2}))]},
+            r"same number of tries.*'a': 2, 'b': 4",
+        ),
+        ({"arms": [Arm("a", peak(1), (1.0,), options=({"x": 1}, {"x": 1}))]}, "options must be different"),
+        ({"arms": [Arm("a", peak(1), ())]}, "same number of tries"),
         ({"arms": [Arm("a", peak(1), (1.0, 1.0))]}, r"different and above 0, got \[1.0, 1.0\] for a"),
         ({"arms": [Arm("a", peak(1), (0.0, 1.0))]}, "above 0"),
         ({"seeds": (1,)}, "at least 2 seeds"),
@@ -313,9 +353,9 @@ def test_the_whole_table_by_hand(tmp_path):
         "| do nothing | -0.2 ± 0 | -2 ± 0 |\n"
         "| NPO | +0.1 ± 0 | – |\n"
         "\n"
-        "Sweep of `accuracy`, one seed, the chosen rate in bold:\n"
+        "Sweep of `accuracy`, one seed, the chosen try in bold:\n"
         "\n"
-        "| arm | rate 1 | rate 2 | rate 3 |\n"
+        "| arm | try 1 | try 2 | try 3 |\n"
         "|---|---|---|---|\n"
         "| SFT | 0.0001: 0.4 | **0.001: 0.5** | 0.01: 0.4 |\n"
         "| NPO | 1e-05: 0.5 | **0.0001: 0.6** | 0.001: 0.5 |\n"

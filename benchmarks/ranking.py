@@ -122,7 +122,7 @@ def loss_part(args: argparse.Namespace) -> list[dict[str, Any]]:
         "numpy, a sample at a time": lambda: pl_rank_numpy(*plain, 10, args.samples, rng),
         "Python loop (one query, times Q)": lambda: pl_rank_loop(*plain, 10, args.samples, rng),
     }
-    seconds = alternately(jobs, args.repeats)
+    seconds = alternately(jobs, args.repeats, at_least=0.02)
     seconds["Python loop (one query, times Q)"] *= args.queries
     ms = {name: 1e3 * value for name, value in seconds.items()}
     shape = f"{args.queries} x {args.documents}, N={args.samples}"
@@ -143,16 +143,25 @@ def loss_part(args: argparse.Namespace) -> list[dict[str, Any]]:
     return peers + [row(f"{name}, {shape}", ms[name], None, "ms") for name in others]
 
 
-def alternately(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each job, all of them in turn, so that the machine's moods hit them alike."""
+def alternately(jobs: dict[str, Callable[[], Any]], repeats: int, at_least: float = 0.0) -> dict[str, float]:
+    """Median seconds of each job, all of them in turn, so that the machine's moods hit them alike.
+
+    A job is called as often in a row as fills `at_least` seconds: a short one would be timed with what the long one
+    before it left in the caches, and a long one warms its own.
+    """
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for job in jobs.values():
+    calls = {}
+    for name, job in jobs.items():
         job()
+        start = time.perf_counter()
+        job()
+        calls[name] = max(1, round(at_least / (time.perf_counter() - start)))
     for _ in range(repeats):
         for name, job in jobs.items():
             start = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                job()
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,29 +75,53 @@ def sample_rankings(
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """One estimate of the gradient of the expected reward, and what the samples say of the policy.
+    """One estimate of the gradient of the expected reward; what the samples say of the policy is computed when asked.
 
     Args:
         loss: minus the mean sampled reward in value, minus the estimate in gradient; with the bonus for entropy and the
             cost of KL, where asked for.
         rewards: of each sampled ranking; NaN where a reward function could not score it.
-        greedy: of the ranking by score, equal scores in the worst order; None for a reward function.
-        entropy: of the policy's first place, in nats.
-        log_lengths: log of the number of documents: the entropy of a uniform policy.
-        flat: True where all sampled rankings earn the same.
-        variance: of the estimate, its trace over documents, from the spread of its samples (for the estimators with a
-            leave-one-out baseline, whose samples are not independent, an approximation); NaN with one sample.
         gradient: the estimate itself, by score over temperature.
     """
 
     loss: Float[Tensor, " Q"]
     rewards: Float[Tensor, "N Q"]
-    greedy: Float[Tensor, " Q"] | None
-    entropy: Float[Tensor, " Q"]
-    log_lengths: Float[Tensor, " Q"]
-    flat: Bool[Tensor, " Q"]
-    variance: Float[Tensor, " Q"]
     gradient: Float[Tensor, "Q D"]
+    _policy: Tensor
+    _drawn: _Drawn
+    _earned: _Earned
+    _samples: _Samples
+
+    @cached_property
+    def greedy(self) -> Float[Tensor, " Q"] | None:
+        """Reward of the ranking by score, equal scores in the worst order; None for a reward function."""
+        found = None if self._earned.greedy is None else self._earned.greedy(self._policy)
+        return None if found is None else found.to(self.gradient.dtype)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, " Q"]:
+        """Of the policy's first place, in nats."""
+        return first_place_entropy(self._policy, self._drawn.mask)
+
+    @cached_property
+    def log_lengths(self) -> Float[Tensor, " Q"]:
+        """Log of the number of documents: the entropy of a uniform policy."""
+        return self._drawn.mask.sum(-1).clamp(min=1).to(self.gradient.dtype).log()
+
+    @cached_property
+    def flat(self) -> Bool[Tensor, " Q"]:
+        """True where all sampled rankings earn the same."""
+        low = self.rewards.nan_to_num(torch.inf).amin(0)
+        high = self.rewards.masked_fill(self.rewards.isnan(), -torch.inf).amax(0)
+        return ~(low < high)
+
+    @cached_property
+    def variance(self) -> Float[Tensor, " Q"]:
+        """Of the estimate, its trace over documents, from the spread of its samples (for the estimators with a
+        leave-one-out baseline, whose samples are not independent, an approximation); NaN with one sample."""
+        count, each = (~self.rewards.isnan()).sum(0), self._samples.each(self._drawn, self._earned.units)
+        spread = each.square().sum((0, -1)) - count * self.gradient.to(each.dtype).square().sum(-1)
+        return (spread.clamp(min=0) / (count * (count - 1))).to(self.gradient.dtype)
 
 
 def policy_gradient(
@@ -134,33 +159,19 @@ def policy_gradient(
         policy = logits.detach().masked_fill(~mask, -torch.inf)
         drawn = _Drawn(policy, mask, sample_rankings(policy, mask, n_samples, k=k, generator=generator))
         earned = (
-            _by_metric(drawn, policy, mask, gains, ideal_gains, metric, gain)
-            if reward_fn is None
-            else _by_function(drawn, reward_fn)
+            _by_metric(drawn, gains, ideal_gains, metric, gain) if reward_fn is None else _by_function(drawn, reward_fn)
         )
-        gradients = _gradients(estimator, drawn, earned)
-        count = (~earned.rewards.isnan()).sum(0)
-        gradient = gradients.sum(0) / count.clamp(min=1).unsqueeze(-1)
-        spread = (gradients.square().sum((0, -1)) - count * gradient.square().sum(-1)).clamp(min=0)
-        mean_reward = earned.rewards.nan_to_num(0.0).sum(0) / count.clamp(min=1)
-        entropy = first_place_entropy(policy, mask)
-    gradient = gradient.to(logits.dtype)
+        samples = _gradients(estimator, drawn, earned)
+        count = (~earned.rewards.isnan()).sum(0).clamp(min=1)
+        gradient = (samples.sum(drawn, earned.units) / count.unsqueeze(-1)).to(logits.dtype)
+        mean_reward = earned.rewards.nan_to_num(0.0).sum(0) / count
     surrogate = (logits.masked_fill(~mask, 0.0) * gradient).sum(-1)
     loss = -(mean_reward.to(logits.dtype) + surrogate - surrogate.detach())
     if entropy_weight:
         loss = loss - entropy_weight * first_place_entropy(logits, mask)
     if kl_weight and ref_scores is not None:
         loss = loss + kl_weight * first_place_kl(scores, ref_scores, mask, temperature=temperature)
-    return PolicyGradient(
-        loss=loss,
-        rewards=earned.rewards.to(logits.dtype),
-        greedy=None if earned.greedy is None else earned.greedy.to(logits.dtype),
-        entropy=entropy,
-        log_lengths=mask.sum(-1).clamp(min=1).to(logits.dtype).log(),
-        flat=_flat(earned.rewards),
-        variance=(spread / (count * (count - 1))).to(logits.dtype),
-        gradient=gradient,
-    )
+    return PolicyGradient(loss, earned.rewards.to(logits.dtype), gradient, policy, drawn, earned, samples)
 
 
 def first_place_entropy(
@@ -202,7 +213,7 @@ class _Drawn:
         self.dtype, lowest = (torch.float64, -700.0) if policy.device.type != "mps" else (torch.float32, -80.0)
         behind = (policy - policy.amax(-1, keepdim=True)).to(self.dtype).clamp(min=lowest)
         strengths = behind.exp().masked_fill(~mask, 0.0).expand(len(rankings), -1, -1)
-        self.rankings, self.real = rankings, mask.expand_as(strengths).gather(-1, rankings)
+        self.mask, self.rankings, self.real = mask, rankings, mask.expand_as(strengths).gather(-1, rankings)
         self.placed = strengths.gather(-1, rankings)
         self.unplaced = strengths.scatter(-1, rankings, 0.0)
         self.rest = self.to_go(self.placed) + self.unplaced.sum(-1, keepdim=True)  # Z_j
@@ -212,16 +223,40 @@ class _Drawn:
         """sum_{m >= j} of `[N Q k]`."""
         return values.flip(-1).cumsum(-1).flip(-1)
 
-    def push(self, credit: Tensor) -> Tensor:
-        """sum_{j<=k} c_j d log pi(r_j | r_<j) / d s for credit c `[N Q k]`: `[N Q D]`."""
-        placed, unplaced = self.shares(credit)
-        return unplaced.neg_().scatter_(-1, self.rankings, credit - placed)
-
     def shares(self, amounts: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_{j<=m} a_j e^{s_m} / Z_j for the documents at place m `[N Q k]`, and for those not placed, where the sum
-        has all k terms, `[N Q D]`; amounts `[N Q k]`."""
+        """sum_{j<=m} a_j e^{s_m} / Z_j for the documents at place m `[N Q k]`; for those not placed, where the sum has
+        all k terms, the sum without e^s `[N Q]`. Amounts `[N Q k]`."""
         sums = (amounts / self.rest).masked_fill(~self.real, 0.0).cumsum(-1)
-        return self.placed * sums, self.unplaced * sums[..., -1:]
+        return self.placed * sums, sums[..., -1]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The gradient of every sample, written short: what is not placed differs by its strength and its rho only.
+
+    Args:
+        placed: of the document at each place `[N Q k]`.
+        gained, lost: of a document that is not placed, e^s (rho gained - lost), `[N Q]`; no gained: 0.
+    """
+
+    placed: Tensor
+    lost: Tensor
+    gained: Tensor | None = None
+
+    def sum(self, drawn: _Drawn, units: Tensor | None) -> Tensor:
+        """Over samples `[Q D]`, without a tensor of all samples and documents: new memory costs more than arithmetic."""
+        factors = torch.stack([self.lost, self.lost if self.gained is None else self.gained], -1)  # [N Q 2]
+        lost, gained = (factors.permute(1, 2, 0).contiguous() @ drawn.unplaced.transpose(0, 1)).unbind(1)
+        found = -lost if units is None or self.gained is None else units * gained - lost
+        rankings, placed = (values.transpose(0, 1).flatten(1) for values in (drawn.rankings, self.placed))
+        return found.scatter_add_(-1, rankings, placed)
+
+    def each(self, drawn: _Drawn, units: Tensor | None) -> Tensor:
+        """`[N Q D]`."""
+        factors = -self.lost.unsqueeze(-1)
+        if self.gained is not None:
+            factors = units * self.gained.unsqueeze(-1) + factors
+        return (drawn.unplaced * factors).scatter_(-1, drawn.rankings, self.placed)
 
 
 @dataclass(frozen=True)
@@ -230,26 +265,28 @@ class _Earned:
 
     Args:
         rewards: of each `[N Q]`, NaN where not scored.
-        greedy: of the ranking by score `[Q]`.
+        greedy: policy `[Q D]` to what its ranking by score earns `[Q]`.
         places: what each place adds `[N Q k]`.
         weights, units: of an additive metric: w `[k]` and rho `[Q D]`, so that a document adds w_j rho_d at place j.
     """
 
     rewards: Tensor
-    greedy: Tensor | None = None
+    greedy: Callable[[Tensor], Tensor] | None = None
     places: Tensor | None = None
     weights: Tensor | None = None
     units: Tensor | None = None
 
 
-def _by_metric(
-    drawn: _Drawn, policy: Tensor, mask: Tensor, gains: Tensor, ideal_gains: Tensor | None, metric: str, gain: str
-) -> _Earned:
-    k, gains = drawn.rankings.shape[-1], _gains(gains, mask, gain).to(drawn.dtype)
+def _by_metric(drawn: _Drawn, gains: Tensor, ideal_gains: Tensor | None, metric: str, gain: str) -> _Earned:
+    k, mask = drawn.rankings.shape[-1], drawn.mask
+    gains = _gains(gains, mask, gain).to(drawn.dtype)
     judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
     ideal = ideal_value(judged.to(drawn.dtype), metric, k)
     places = place_rewards(gains.expand_as(drawn.unplaced).gather(-1, drawn.rankings), metric, ideal)
-    greedy = greedy_reward(policy, gains, mask, metric, ideal, k)
+
+    def greedy(policy: Tensor) -> Tensor:
+        return greedy_reward(policy, gains, mask, metric, ideal, k)
+
     if metric not in ADDITIVE:
         return _Earned(places.sum(-1), greedy, places)
     weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
@@ -267,8 +304,8 @@ def _by_function(drawn: _Drawn, reward_fn: RewardFunction) -> _Earned:
     return _Earned(rewards.masked_fill(rewards.isinf(), torch.nan))
 
 
-def _gradients(estimator: str, drawn: _Drawn, earned: _Earned) -> Tensor:
-    """Of each sample `[N Q D]`; zeros where it is not scored."""
+def _gradients(estimator: str, drawn: _Drawn, earned: _Earned) -> _Samples:
+    """Of each sample; zeros where it is not scored."""
     if estimator == "pl_rank":
         return _pl_rank(drawn, earned)
     if estimator == "pl_rank_loo":
@@ -283,7 +320,9 @@ def _gradients(estimator: str, drawn: _Drawn, earned: _Earned) -> Tensor:
             others = (scored.sum(0) - 1).clamp(min=1)
             known = (known - (known.sum(0) - known) / others).masked_fill(~scored | (scored.sum(0) < 2), 0.0)
         credit = known.unsqueeze(-1).expand_as(drawn.placed)
-    return drawn.push(credit.masked_fill(~drawn.real, 0.0))
+    credit = credit.masked_fill(~drawn.real, 0.0)
+    placed, lost = drawn.shares(credit)  # sum_{j<=k} c_j d log pi(r_j | r_<j) / d s
+    return _Samples(credit - placed, lost)
 
 
 def _minus_others(values: Tensor) -> Tensor:
@@ -291,7 +330,7 @@ def _minus_others(values: Tensor) -> Tensor:
     return values - (values.sum(0) - values) / (len(values) - 1)
 
 
-def _pl_rank(drawn: _Drawn, earned: _Earned) -> Tensor:
+def _pl_rank(drawn: _Drawn, earned: _Earned) -> _Samples:
     """PL-Rank (Oosterhuis, SIGIR 2021 and 2022): for the document at place m of a sample
 
     sum_{j=m+1..k} w_j rho_{r_j} + sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i rho_m - sum_{j=i..k} w_j rho_{r_j})
@@ -302,11 +341,10 @@ def _pl_rank(drawn: _Drawn, earned: _Earned) -> Tensor:
     lost_placed, lost = drawn.shares(to_go)
     placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
     behind = (to_go - earned.places).masked_fill(~drawn.real, 0.0)
-    gradients = earned.units * gained - lost
-    return gradients.scatter_(-1, drawn.rankings, behind + placed_units * gained_placed - lost_placed)
+    return _Samples(behind + placed_units * gained_placed - lost_placed, lost, gained)
 
 
-def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> Tensor:
+def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> _Samples:
     """`_pl_rank` with what it leaves to the samples taken out: the expected reward of a place is computed instead of
     drawn, and the rewards behind it are compared with those of the other samples.
 
@@ -316,12 +354,12 @@ def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> Tensor:
     assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
     advantages = _minus_others(drawn.to_go(earned.places) - earned.places).masked_fill(~drawn.real, 0.0)
     placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
-    left = drawn.to_go(drawn.placed * placed_units) + (drawn.unplaced * earned.units).sum(-1, keepdim=True)
+    unplaced = (drawn.unplaced.transpose(0, 1) @ earned.units.unsqueeze(-1)).transpose(0, 1)  # e^s rho, added up
+    left = drawn.to_go(drawn.placed * placed_units) + unplaced
     means = (left / drawn.rest).masked_fill(~drawn.real, 0.0)
     gained_placed, gained = drawn.shares(earned.weights.expand_as(means))
     lost_placed, lost = drawn.shares(earned.weights * means + advantages)
-    gradients = earned.units * gained - lost
-    return gradients.scatter_(-1, drawn.rankings, placed_units * gained_placed - lost_placed + advantages)
+    return _Samples(placed_units * gained_placed - lost_placed + advantages, lost, gained)
 
 
 # --- Checks and small things ------------------------------------------------------------------------------------------
@@ -369,12 +407,6 @@ def _gains(gains: Tensor, mask: Tensor, gain: str) -> Tensor:
         raise ValueError(f"gain must be linear or exponential, got {gain!r}")
     gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
     return exponential_gain(gains) if gain == "exponential" else gains
-
-
-def _flat(rewards: Tensor) -> Tensor:
-    low = rewards.nan_to_num(torch.inf).amin(0)
-    high = rewards.masked_fill(rewards.isnan(), -torch.inf).amax(0)
-    return ~(low < high)
 
 
 def _log_rest(placed: Tensor) -> Tensor:

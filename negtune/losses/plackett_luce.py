@@ -244,7 +244,7 @@ class _Samples:
     gained: Tensor | None = None
 
     def sum(self, drawn: _Drawn, units: Tensor | None) -> Tensor:
-        """Over samples `[Q D]`, without a tensor of all samples and documents: new memory costs more than arithmetic."""
+        """Over samples `[Q D]`; without a tensor of all samples and documents: new memory costs more than sums."""
         factors = torch.stack([self.lost, self.lost if self.gained is None else self.gained], -1)  # [N Q 2]
         lost, gained = (factors.permute(1, 2, 0).contiguous() @ drawn.unplaced.transpose(0, 1)).unbind(1)
         found = -lost if units is None or self.gained is None else units * gained - lost
@@ -254,7 +254,7 @@ class _Samples:
     def each(self, drawn: _Drawn, units: Tensor | None) -> Tensor:
         """`[N Q D]`."""
         factors = -self.lost.unsqueeze(-1)
-        if self.gained is not None:
+        if units is not None and self.gained is not None:
             factors = units * self.gained.unsqueeze(-1) + factors
         return (drawn.unplaced * factors).scatter_(-1, drawn.rankings, self.placed)
 

@@ -6,8 +6,9 @@ Controls    The same start, training queries, mined lists, queries a step and st
             scores swept per arm with the same budget on held-out training queries; doing nothing and
             sentence-transformers' own loss in the table; fresh seeds; a paired permutation test over queries. InfoNCE
             "in batch" sees one relevant document a query and no mined list, which is what that loss is.
-Figures     ndcg@10, mrr@10, recall@100: search of the whole corpus. rerank/: BM25's first hundred, reranked.
+Figures     ndcg@10, mrr@10, recall@100: search of the whole corpus. rerank/: BM25's first hundred (`depth`), reranked.
             guaranteed/: the same lists with all relevant documents put in, as reranking papers report; not comparable.
+            With `measure: rerank` (models too slow to embed a corpus, rerankers) only rerank/, and BM25 mines alone.
 Expected    The paper claims gains where training and evaluation are the same thing, and none for first-stage search.
 Measured    recipes/LOG.md
 
@@ -30,9 +31,11 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig
 from search_task import Measured, Split, Start, bm25_run, measured, mined, read_task
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from negtune.cli.recipe import run_recipe
@@ -61,11 +64,14 @@ parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's"
 parser.add_argument("--steps", type=int, help="instead of the file's")
 parser.add_argument("--warm_steps", type=int, help="of InfoNCE before all arms; instead of the file's")
 parser.add_argument("--warm_rate", type=float, help="its learning rate; instead of the file's")
+parser.add_argument("--test_queries", type=int, help="at most so many are measured; instead of the file's")
 parser.add_argument("--max_length", type=int, help="tokens of a text; instead of the file's")
 parser.add_argument("--baseline", default="InfoNCE, mined + in batch", help="arm that the others are tested against")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--smoke", action="store_true")
 
+DTYPES = ("float32", "bfloat16")
+LATER = ("kind", "yes", "no", "dtype", "lora_r", "measure", "depth", "test_queries")
 SHARED = ("per_device_train_batch_size", "max_steps", "learning_rate", "seed", "output_dir", "max_length")
 
 
@@ -75,6 +81,14 @@ class Grid:
 
     arms: dict[str, dict[str, Any]]
     encoder: str = "wordllama"
+    kind: str = "bi_encoder"
+    dtype: str = "float32"
+    yes: str = "yes"
+    no: str = "no"
+    lora_r: int | None = None
+    measure: str = "search"
+    depth: int = 100
+    test_queries: int | None = None
     data: str | None = None
     train_split: str | None = None
     test_share: float = 0.5
@@ -93,11 +107,31 @@ class Grid:
         for name in ("n_documents", "steps", "batch"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        allowed = {"kind": ("bi_encoder", "causal_lm"), "measure": ("search", "rerank"), "dtype": DTYPES}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be {' or '.join(values)}, got {getattr(self, name)!r}")
+        if self.kind == "causal_lm" and self.measure == "search":
+            raise ValueError("a causal LM that answers yes or no cannot search a corpus; use measure: rerank")
         for name, arm in self.arms.items():
             if not isinstance(arm, dict) or arm.get("trainer") not in ("mnrl", "ranking"):
                 raise ValueError(f"arm {name!r} needs trainer: mnrl or ranking, and settings")
+            if arm["trainer"] == "mnrl" and self.kind != "bi_encoder":
+                raise ValueError(f"arm {name!r}: mnrl trains bi-encoders, and kind is {self.kind}")
             for option in self.options:
                 self.config(name, 1e-3, 0, Path("runs"), **option)
+
+    @property
+    def metric(self) -> str:
+        """Arms are chosen and tested by it."""
+        return "ndcg@10" if self.measure == "search" else "rerank/ndcg@10"
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """What is trained, unless all weights are."""
+        if self.lora_r is None:
+            return None
+        return LoraConfig(r=self.lora_r, lora_alpha=2 * self.lora_r, lora_dropout=0.0, target_modules="all-linear")
 
     @property
     def options(self) -> list[dict[str, float]]:
@@ -135,7 +169,9 @@ class Grid:
     def deciding(self) -> dict[str, Any]:
         """What decides the result of a run, besides its arm, rate and seed."""
         left_out = ("seeds", "sweep_seed", "rates", "scales", "arms", "data")
-        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "data": Path(self.data or "made up").name}
+        new = {f.name: f.default for f in fields(self) if f.name in LATER}  # so that older runs stay known
+        found = {k: v for k, v in vars(self).items() if k not in left_out and not (k in new and v == new[k])}
+        return {**found, "data": Path(self.data or "made up").name}
 
 
 def read_grid(args: argparse.Namespace) -> Grid:
@@ -145,7 +181,7 @@ def read_grid(args: argparse.Namespace) -> Grid:
     if unknown:
         raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
     given = ("data", "train_split", "encoder", "rates", "scales", "seeds", "steps", "max_length")
-    given += ("warm_steps", "warm_rate")
+    given += ("warm_steps", "warm_rate", "test_queries")
     found |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.arms is not None:
         for name in args.arms:
@@ -155,15 +191,9 @@ def read_grid(args: argparse.Namespace) -> Grid:
     grid = Grid(**found)
     if not args.smoke:
         return grid
-    small = {
-        "scales": [5.0, 20.0] if grid.scales else None,
-        "steps": 5,
-        "batch": 4,
-        "n_documents": 10,
-        "seeds": [1, 2],
-        "rates": [1e-2],
-        "encoder": "tiny",
-    }
+    small: dict[str, Any] = {"steps": 5, "batch": 4, "n_documents": 10, "seeds": [1, 2], "rates": [1e-2]}
+    small |= {"encoder": "tiny", "scales": [5.0, 20.0] if grid.scales else None}
+    small |= {"yes": "a", "no": "b", "depth": 5, "max_length": 200} if grid.kind == "causal_lm" else {}
     return replace(grid, **small)
 
 
@@ -176,7 +206,9 @@ class Task:
 
     @cached_property
     def encoder(self) -> Start:
-        return Start(self.grid.encoder, self.grid.max_length)
+        grid = self.grid
+        settings = {"kind": grid.kind, "model_kwargs": {"dtype": getattr(torch, grid.dtype)}}
+        return Start(grid.encoder, grid.max_length, answers=(grid.yes, grid.no), **settings)
 
     def part(self, seed: int) -> tuple[list[CandidateList], RetrievalTask, Any, Any]:
         """Lists to train on, queries to measure by, BM25's run for them, and the model that all arms start from.
@@ -190,7 +222,9 @@ class Task:
             train, test = split.train, split.test
             if seed == grid.sweep_seed:
                 train, test = split_queries(split.train, 0.25, seed)
+            test = test.only(list(test.queries)[: grid.test_queries])
             settings = {"n_documents": grid.n_documents, "seed": seed}
+            settings |= {"bm25": grid.measure == "rerank", "dense": grid.measure == "search"}
             lists = mined(model, train, **settings).lists
             if grid.warm_steps:
                 folder = self.folder / "runs" / f"warm_{seed}"
@@ -198,15 +232,15 @@ class Task:
                 args = RankingConfig(**args, loss_type="infonce", redact=True)
                 RankingTrainer(model=model, args=args, train_dataset=to_rows(lists)).train()
                 lists = mined(model, train, **settings).lists
-            self.parts = {seed: (lists, test, bm25_run(test), model)}
+            self.parts = {seed: (lists, test, bm25_run(test, grid.depth), model)}
         return self.parts[seed]
 
     def measure(self, model: Any, seed: int, name: str) -> dict[str, float]:
         _, test, lexical, _ = self.part(seed)
-        found: Measured = measured(model, test, lexical)
+        found: Measured = measured(model, test, lexical, search=self.grid.measure == "search")
         if seed != self.grid.sweep_seed:
             (self.folder / "per_query").mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "per_query" / f"{name}.json", found.per_query())
+            write_json(self.folder / "per_query" / f"{name}.json", found.per_query(self.grid.metric))
         return found.metrics()
 
     def nothing(self, seed: int) -> dict[str, float]:
@@ -217,22 +251,27 @@ class Task:
         lists, _, _, start = self.part(seed)
         arm, model = self.grid.arms[name], copy.deepcopy(start)
         called = file_name(name, rate, seed, option)
+        set_seed(seed)  # adapters start alike
         args = self.grid.config(name, rate, seed, self.folder / "runs" / called, **option)
         if arm["trainer"] == "mnrl":
             most = self.grid.n_documents - max(1, self.grid.n_documents // 2)
             rows = Dataset.from_list(tuples(lists, min(arm.get("negatives", 0), most), seed))
             model.model_card_data.generate_widget_examples = False
+            if self.grid.adapter is not None:
+                model.add_adapter(self.grid.adapter)
             loss = MultipleNegativesRankingLoss(model, **option)
             trainer: Any = SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss)
             trainer.remove_callback(PrinterCallback)
         else:
-            trainer = RankingTrainer(model=model, args=args, train_dataset=to_rows(lists))
+            trainer = RankingTrainer(
+                model=model, args=args, train_dataset=to_rows(lists), peft_config=self.grid.adapter
+            )
         try:
             trainer.train()
         except NonFiniteLossError:
-            return {"ndcg@10": math.nan}
+            return {self.grid.metric: math.nan}
         if not all(p.isfinite().all() for p in trainer.model.parameters()):
-            return {"ndcg@10": math.nan}
+            return {self.grid.metric: math.nan}
         spent = {"tokens_sampled": 0.0, "gradient_steps": float(trainer.state.global_step)}
         return {**self.measure(trainer.model, seed, called), **spent}
 
@@ -266,7 +305,7 @@ def tests(found: Comparison, folder: Path, baseline: str) -> str:
             for query_id, value in (read_json(file) if file.exists() else {}).items():
                 seen[query_id].append(value)
         values[name] = {query_id: sum(found) / len(found) for query_id, found in seen.items()}
-    lines = [f"| ndcg@10 minus that of {baseline} | mean | 95 % | p | queries |", "|---|---|---|---|---|"]
+    lines = [f"| {found.metric} minus that of {baseline} | mean | 95 % | p | queries |", "|---|---|---|---|---|"]
     for name in found.arms:
         shared = [q for q in values[baseline] if q in values[name]]
         if name == baseline or len(shared) < 2:
@@ -293,7 +332,7 @@ def main() -> None:
         task.nothing,
         seeds=grid.seeds,
         sweep_seed=grid.sweep_seed,
-        metric="ndcg@10",
+        metric=grid.metric,
         folder=args.output_dir,
         settings=grid.deciding(),
         workers=args.workers,

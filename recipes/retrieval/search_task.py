@@ -11,8 +11,10 @@ from typing import Any
 from negtune.data.retrieval import RetrievalTask, Run, load_beir, split_queries, synthetic_retrieval
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.retrieval.encoder import encode, load_encoder, similarity_of
+from negtune.retrieval.evaluation import scorer
 from negtune.retrieval.index import ExactIndex
 from negtune.retrieval.mining import Mined, mine
+from negtune.retrieval.rankers import causal_reranker
 from negtune.retrieval.retrievers import BM25Retriever, DenseRetriever, rerank
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100")
@@ -48,9 +50,11 @@ def read_task(data: str | None, *, train_split: str | None, test_share: float, s
     return Split(*split_queries(load_beir(data, "test", empty=empty), test_share, seed))
 
 
-def mined(model: Any, task: RetrievalTask, *, n_documents: int, seed: int, bm25: bool = False) -> Mined:
-    """Lists for the queries of a task from what the model (and BM25) find, with every relevant document that fits."""
-    retrievers: list[Any] = [DenseRetriever(model, task.corpus)]
+def mined(
+    model: Any, task: RetrievalTask, *, n_documents: int, seed: int, bm25: bool = False, dense: bool = True
+) -> Mined:
+    """Lists for the queries of a task from what the model and BM25 find, with every relevant document that fits."""
+    retrievers: list[Any] = [DenseRetriever(model, task.corpus)] if dense else []
     if bm25:
         retrievers.append(BM25Retriever(task.corpus))
     half = max(1, n_documents // 2)
@@ -63,7 +67,7 @@ class Measured:
 
     Args:
         stages: name of the stage to its result; `guaranteed` is the easier thing that reranking papers report.
-        run: what the search found.
+        run: what the search (or the reranking, where nothing was searched) found.
     """
 
     stages: dict[str, RankingResult]
@@ -88,13 +92,14 @@ class Measured:
         }
 
     def per_query(self, name: str = "ndcg@10") -> dict[str, float]:
-        """Of the first stage."""
-        return self.stages["search"].per_query[name]
+        """Of a metric, named as in `metrics`."""
+        stage, _, metric = name.rpartition("/")
+        return self.stages[stage or "search"].per_query[metric]
 
 
-def bm25_run(task: RetrievalTask) -> Run:
-    """BM25's first hundred of each query."""
-    return BM25Retriever(task.corpus).retrieve(task.queries, DEPTH)
+def bm25_run(task: RetrievalTask, depth: int = DEPTH) -> Run:
+    """BM25's first documents of each query."""
+    return BM25Retriever(task.corpus).retrieve(task.queries, depth)
 
 
 def with_relevant(task: RetrievalTask, run: Run) -> Run:
@@ -105,9 +110,13 @@ def with_relevant(task: RetrievalTask, run: Run) -> Run:
     }
 
 
-def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64) -> Measured:
-    """A bi-encoder on the queries of a task; the corpus is encoded once."""
+def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64, *, search: bool = True) -> Measured:
+    """A bi-encoder on the queries of a task, the corpus encoded once; or, without a search, any model as reranker."""
     model.eval()
+    if not search:
+        depth = max(len(found) for found in lexical.values())
+        run = rerank(scorer(model, min(batch_size, 16)), task, lexical, depth=depth, k=depth)
+        return Measured({"rerank": evaluate_run(run, task.qrels, METRICS[:2])}, run)
     vectors = encode(model, list(task.corpus.values()), side="document", batch_size=batch_size)
     index = ExactIndex(vectors, list(task.corpus), similarity_of(model))
     run = DenseRetriever(model, index).retrieve(task.queries, DEPTH)
@@ -135,8 +144,21 @@ def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64
 class Start:
     """The encoder that all runs start from, loaded once."""
 
-    def __init__(self, name: str, max_length: int | None = None) -> None:
-        self.model = load_encoder(name, device="cpu") if Path(name).exists() or "/" not in name else load_encoder(name)
+    def __init__(
+        self,
+        name: str,
+        max_length: int | None = None,
+        *,
+        kind: str = "bi_encoder",
+        answers: tuple[str, str] = ("yes", "no"),
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if kind == "causal_lm":
+            yes, no = answers
+            self.model = causal_reranker(name, max_length=max_length, yes=yes, no=no, model_kwargs=model_kwargs)
+            return
+        device = "cpu" if Path(name).exists() or "/" not in name else None
+        self.model = load_encoder(name, device=device, model_kwargs=model_kwargs)
         if max_length is not None:
             self.model.max_seq_length = max_length
 

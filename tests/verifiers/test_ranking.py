@@ -20,6 +20,7 @@ from negtune.verifiers.ranking import (
     relative_gain_reward,
 )
 from negtune.verifiers.rewards import reward_verifier
+from negtune.verifiers.verdict import TooManyUnscored
 
 GAINS = [0.0, 1.0, 3.0]
 # Places weigh 1, 1/log2(3) = .63093, 1/2. The ideal order [3] > [2] > [1] has 3 + .63093 = 3.63093; the shown one
@@ -300,13 +301,18 @@ PROMPT = [{"role": "user", "content": "Rank."}]
 
 @pytest.fixture
 def train(ranker, tmp_path):
-    """`train(reward_funcs, max_steps=...)` -> TRL's trainer, and the completions of each step."""
+    """`train(reward_funcs, max_steps=...)` -> TRL's trainer, or ours, and the completions of each step."""
     from copy import deepcopy
 
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    def run(rewards, gains=GAINS, **settings):
+    from negtune import StepGRPOConfig, StepGRPOTrainer
+
+    classes = {"grpo": (GRPOTrainer, GRPOConfig), "step_grpo": (StepGRPOTrainer, StepGRPOConfig)}
+
+    def run(rewards, gains=GAINS, host="grpo", **settings):
+        trainer_class, config_class = classes[host]
         seen: list[list[str]] = []
 
         def watch(completions, **_):
@@ -314,24 +320,25 @@ def train(ranker, tmp_path):
             return [0.0] * len(completions)
 
         model, tokenizer = ranker
-        args = GRPOConfig(
+        args = config_class(
             output_dir=str(tmp_path), per_device_train_batch_size=64, num_generations=64, max_completion_length=24,
             learning_rate=3e-4, lr_scheduler_type="constant", logging_steps=1, report_to="none", save_strategy="no",
             use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, seed=3,
             mask_truncated_completions=True, **settings,
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": PROMPT, "gains": gains}] * 4)
-        trainer = GRPOTrainer(deepcopy(model), [*rewards, watch], args, rows, processing_class=tokenizer)
+        trainer = trainer_class(deepcopy(model), [*rewards, watch], args, rows, processing_class=tokenizer)
         trainer.train()
         return trainer, seen
 
     return run
 
 
-def test_grpo_learns_to_rank_and_keeps_the_format(train):
+@pytest.mark.parametrize("host", ["grpo", "step_grpo"])
+def test_grpo_learns_to_rank_and_keeps_the_format(train, host):
     """The format falls from .78 to .52 with format_weight=.1."""
     watched = [ranking_reward(), ndcg_reward(), format_reward()]
-    trainer, seen = train(watched, max_steps=20, reward_weights=[1.0, 0.0, 0.0, 0.0])
+    trainer, seen = train(watched, host=host, max_steps=20, reward_weights=[1.0, 0.0, 0.0, 0.0])
     ndcg, share = (
         [row[f"rewards/{name}/mean"] for row in trainer.state.log_history[:-1]]
         for name in ("ndcg@10", "ranking_format")
@@ -349,3 +356,8 @@ def test_grpo_does_not_move_for_a_prompt_without_a_relevant_document(ranker, tra
     )
     for before, after in zip(ranker[0].parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+def test_step_grpo_stops_where_no_prompt_has_a_relevant_document(train):
+    with pytest.raises(TooManyUnscored, match=r"ranking@10.* returned None"):
+        train([ranking_reward()], host="step_grpo", gains=[0.0] * 3, max_steps=2, reward_weights=[1.0, 0.0])

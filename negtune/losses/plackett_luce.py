@@ -340,8 +340,7 @@ def _pl_rank(drawn: _Drawn, earned: _Earned) -> _Samples:
     gained_placed, gained = drawn.shares(earned.weights.expand_as(to_go))
     lost_placed, lost = drawn.shares(to_go)
     placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
-    behind = (to_go - earned.places).masked_fill(~drawn.real, 0.0)
-    return _Samples(behind + placed_units * gained_placed - lost_placed, lost, gained)
+    return _Samples(to_go - earned.places + placed_units * gained_placed - lost_placed, lost, gained)
 
 
 def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> _Samples:
@@ -352,11 +351,11 @@ def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> _Samples:
     is left at place i, weighted by e^s, and A_{i+1} what is earned behind place i minus the mean of the other samples.
     """
     assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
-    advantages = _minus_others(drawn.to_go(earned.places) - earned.places).masked_fill(~drawn.real, 0.0)
+    advantages = _minus_others(drawn.to_go(earned.places) - earned.places)
     placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
     unplaced = (drawn.unplaced.transpose(0, 1) @ earned.units.unsqueeze(-1)).transpose(0, 1)  # e^s rho, added up
     left = drawn.to_go(drawn.placed * placed_units) + unplaced
-    means = (left / drawn.rest).masked_fill(~drawn.real, 0.0)
+    means = left / drawn.rest
     gained_placed, gained = drawn.shares(earned.weights.expand_as(means))
     lost_placed, lost = drawn.shares(earned.weights * means + advantages)
     return _Samples(placed_units * gained_placed - lost_placed + advantages, lost, gained)

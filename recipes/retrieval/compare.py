@@ -22,7 +22,7 @@ import copy
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from search_task import Measured, Split, Start, bm25_run, measured, mined, read_
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from negtune.cli.recipe import run_recipe
 from negtune.data.retrieval import RetrievalTask, split_queries
@@ -67,6 +67,7 @@ parser.add_argument("--warm_rate", type=float, help="its learning rate; instead 
 parser.add_argument("--test_queries", type=int, help="at most so many are measured; instead of the file's")
 parser.add_argument("--max_length", type=int, help="tokens of a text; instead of the file's")
 parser.add_argument("--baseline", default="InfoNCE, mined + in batch", help="arm that the others are tested against")
+parser.add_argument("--curve", type=int, help="steps between two measurements of confirmed runs; drawn in curves.png")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--smoke", action="store_true")
 
@@ -200,8 +201,8 @@ def read_grid(args: argparse.Namespace) -> Grid:
 class Task:
     """What all runs share, made once in each process."""
 
-    def __init__(self, grid: Grid, folder: Path) -> None:
-        self.grid, self.folder = grid, folder
+    def __init__(self, grid: Grid, folder: Path, curve: int | None = None) -> None:
+        self.grid, self.folder, self.curve = grid, folder, curve
         self.parts: dict[int, tuple[list[CandidateList], RetrievalTask, Any, Any]] = {}
 
     @cached_property
@@ -235,9 +236,12 @@ class Task:
             self.parts = {seed: (lists, test, bm25_run(test, grid.depth), model)}
         return self.parts[seed]
 
-    def measure(self, model: Any, seed: int, name: str) -> dict[str, float]:
+    def found(self, model: Any, seed: int) -> Measured:
         _, test, lexical, _ = self.part(seed)
-        found: Measured = measured(model, test, lexical, search=self.grid.measure == "search")
+        return measured(model, test, lexical, search=self.grid.measure == "search")
+
+    def measure(self, model: Any, seed: int, name: str) -> dict[str, float]:
+        found = self.found(model, seed)
         if seed != self.grid.sweep_seed:
             (self.folder / "per_query").mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "per_query" / f"{name}.json", found.per_query(self.grid.metric))
@@ -266,14 +270,61 @@ class Task:
             trainer = RankingTrainer(
                 model=model, args=args, train_dataset=to_rows(lists), peft_config=self.grid.adapter
             )
+        curve = Curve(lambda model: self.found(model, seed).metrics()[self.grid.metric], self.curve)
+        if self.curve and seed != self.grid.sweep_seed:
+            trainer.add_callback(curve)
         try:
             trainer.train()
         except NonFiniteLossError:
             return {self.grid.metric: math.nan}
+        if curve.values:
+            (self.folder / "curves").mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "curves" / f"{called}.json", curve.values)
         if not all(p.isfinite().all() for p in trainer.model.parameters()):
             return {self.grid.metric: math.nan}
         spent = {"tokens_sampled": 0.0, "gradient_steps": float(trainer.state.global_step)}
         return {**self.measure(trainer.model, seed, called), **spent}
+
+
+class Curve(TrainerCallback):
+    """The metric while training."""
+
+    def __init__(self, measure: Callable[[Any], float], every: int | None) -> None:
+        self.measure, self.every, self.values = measure, every, {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            self.values[state.global_step] = self.measure(model)
+            model.train()
+
+
+def draw(found: Comparison, folder: Path) -> None:
+    """Learning curves: the mean over seeds of the metric at each step, and the start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    start = found.values(DO_NOTHING, found.metric).values()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, arm in enumerate(found.rates):
+        runs = [run for run in found.confirmed if run.arm == arm]
+        files = [folder / "curves" / f"{file_name(arm, run.rate, run.seed, run.option)}.json" for run in runs]
+        curves = [{int(step): value for step, value in read_json(file).items()} for file in files if file.exists()]
+        if not curves:
+            continue
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+        style = {"marker": "osD^vP*X"[i % 8], "ms": 4, "lw": 1.5}
+        axes.plot([0, *steps], [sum(start) / len(start), *means], label=f"{arm} ({means[-1]:.3f})", **style)
+    axes.axhline(sum(start) / len(start), color="grey", lw=1, ls="--")
+    axes.set(xlabel="optimiser step", ylabel=f"{found.metric} on held-out queries")
+    axes.grid(alpha=0.3)
+    axes.legend(
+        frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), title="last value", alignment="left"
+    )
+    figure.savefig(folder / "curves.png", dpi=130)
+    pyplot.close(figure)
 
 
 def file_name(arm: str, rate: float, seed: int, option: Mapping[str, float] | None = None) -> str:
@@ -322,7 +373,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     grid = read_grid(args)
-    task = Task(grid, args.output_dir)
+    task = Task(grid, args.output_dir, args.curve)
     arms = [
         Arm(name, partial(task.trained, name), tuple(arm.get("rates", grid.rates)), arm, grid.options)
         for name, arm in grid.arms.items()
@@ -341,6 +392,8 @@ def main() -> None:
     text = f"# {grid.encoder} on {Path(grid.data or 'made-up data').name}\n\n{found.markdown()}\n\n"
     text += tests(found, args.output_dir, baseline)
     (args.output_dir / "compare.md").write_text(text)
+    if args.curve:
+        draw(found, args.output_dir)
     print(text)
 
 

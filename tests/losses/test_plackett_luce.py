@@ -313,6 +313,17 @@ def test_nothing_scored_is_no_gradient_and_no_nan():
     assert found.flat.all()
 
 
+def test_a_single_scored_sample_has_nothing_to_compare_with():
+    scores = torch.zeros(1, 3, requires_grad=True)
+
+    def reward(rankings):
+        return torch.full(rankings.shape[:2], torch.nan).index_fill(0, torch.tensor([2]), 1.0)
+
+    found = policy_gradient(scores, torch.zeros(1, 3), full(scores), k=2, reward_fn=reward)
+    assert found.loss.item() == -1
+    assert (found.gradient == 0).all()
+
+
 def test_equal_scores_do_not_earn_the_best_greedy_reward():
     scores = torch.zeros(1, 4)
     found = policy_gradient(scores, torch.tensor([[1.0, 0, 0, 0]]), full(scores), k=4)

@@ -51,7 +51,8 @@ def candidate_rows(
         name: of the set, for messages.
         k: places that count: no list may be shorter. None: any length.
         teacher: whether `teacher_scores` are needed.
-        scored: a reward function scores rankings: `gains` may be absent, and lists without a relevant document stay.
+        scored: a reward function or a teacher scores, and gains are not read: `gains` may be absent, and lists without
+            a relevant document stay.
         keep: keep the other columns, for a reward function. In a stream they have the types of the first row.
         in_memory: keep the rows out of the Arrow cache on disk (private data).
 

@@ -40,6 +40,7 @@ from negtune.ops import at_least_float32
 logger = logging.getLogger(__name__)
 
 NEED_TEACHER = ("margin_mse", "kl_distill")
+READ_NO_GAINS = ("kl_distill",)
 UNIFORM, SATURATED = 0.98, 0.01
 """Entropy of the first place over that of a uniform policy: above, nothing is preferred; below, nothing is tried."""
 PATIENCE = 20
@@ -345,7 +346,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
     def counted(self, lists: Lists) -> Tensor:
         """Queries that say something, [B]: with a relevant document; where no gains are read, with any document."""
-        if self.reward_fn is not None or (self.loss_type == "kl_distill" and self.objective is None):
+        if self.reward_fn is not None or (self.loss_type in READ_NO_GAINS and self.objective is None):
             return lists.mask.any(-1)
         return lists.relevant.any(-1)
 

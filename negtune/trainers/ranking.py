@@ -23,7 +23,7 @@ from negtune.data.candidates import COUNTED, candidate_rows
 from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
 from negtune.retrieval.collate import CandidateCollator
-from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss, kind_of
+from negtune.retrieval.losses import READ_NO_GAINS, Lists, NonFiniteScoresError, RankingLoss, kind_of
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
@@ -55,8 +55,8 @@ class RankingTrainer(BaseTrainer):
     Args:
         model: the model, or a name, folder or hub id (`args.model_kind` says of what).
         args: settings; `loss_type` names the objective.
-        train_dataset: rows with `query`, `documents`, `gains`; see `data.candidates`. `datasets.Dataset`,
-            `datasets.IterableDataset` (then set `max_steps`), or a list.
+        train_dataset: rows with `query`, `documents`, `gains`; see `data.candidates` (`kl_distill` reads no gains).
+            `datasets.Dataset`, `datasets.IterableDataset` (then set `max_steps`), or a list.
         eval_dataset: the same; `evaluate` gives `eval_loss`, `eval_reward/greedy` and the rest of what is logged.
         evaluator: sentence-transformers evaluator, e.g. `retrieval.evaluation.RetrievalEvaluator`.
         processing_class: as in transformers; the model's own if not given.
@@ -94,7 +94,8 @@ class RankingTrainer(BaseTrainer):
             "k": args.places if objective is None else None,
             "teacher": args.needs_teacher and objective is None,
         }
-        self._rows_of = _Rows(**settings, scored=reward_fn is not None, in_memory=args.redact)
+        gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
+        self._rows_of = _Rows(**settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact)
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
@@ -262,8 +263,8 @@ class RankingTrainer(BaseTrainer):
 class _Rows:
     """What `candidate_rows` makes of a set, or of several by name."""
 
-    def __init__(self, k: int | None, teacher: bool, scored: bool, in_memory: bool) -> None:
-        self.settings = {"k": k, "teacher": teacher, "scored": scored, "keep": scored, "in_memory": in_memory}
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
 
     def __call__(self, data: Any, name: str) -> Any:
         if COUNTED in (getattr(data, "column_names", None) or ()):

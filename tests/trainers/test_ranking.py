@@ -486,6 +486,25 @@ def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, cap
     assert len(trainer.train_dataset) == 2
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_distillation_reads_no_gains_and_keeps_rows_without_a_relevant_document(tmp_path, streamed):
+    data = [{**row, "gains": [0.0] * 4, "teacher_scores": [1.0, 2.0, 3.0, 4.0]} for row in rows(4, documents=4)]
+    for given in (data, [{k: v for k, v in row.items() if k != "gains"} for row in data]):
+        given = IterableDataset.from_generator(lambda given=given: iter(given)) if streamed else given
+        trainer = train(static_encoder(), tmp_path, data=given, loss_type="kl_distill", max_steps=1)
+        assert trainer.state.log_history[0]["queries/skipped"] == 0
+        assert trainer.state.log_history[0]["loss"] > 0
+        assert [row["row"] for row in trainer.train_dataset] == [0, 1, 2, 3]
+
+
+def test_margins_need_a_relevant_document(tmp_path, caplog):
+    data = [{**row, "teacher_scores": [1.0, 2.0, 3.0, 4.0]} for row in broken(gains=[0.0] * 4)]
+    args = config(tmp_path, loss_type="margin_mse", k=None)
+    trainer = RankingTrainer(model=static_encoder(), args=args, train_dataset=data)
+    assert "train: 1 of 3 queries have no relevant document and are left out" in caplog.text
+    assert len(trainer.train_dataset) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,7 +2,8 @@
 
 Shapes: B queries of a batch, D documents of the longest list. An objective returns `[B]` and is averaged over the
 queries of the optimiser step that have a relevant document, over all micro-batches and processes; the host divides by
-accumulation steps.
+accumulation steps. Which queries a reward function cannot score is known behind the last micro-batch: gradients are
+then scaled to the mean over the others.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class RankingTrainer(BaseTrainer):
     loss_is_scaled_for_ga = False
     step_is_empty = False
     _evaluated: set[int]
+    _step: dict[str, Any]
 
     def __init__(
         self,
@@ -177,7 +179,40 @@ class RankingTrainer(BaseTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             tell_step_totals(self, batches, lambda batch: self.loss.counted(_lists(batch)).sum())
+            self.loss.take_unscored()
+            self._step = {"counted": batches[0]["step"]["counts"], "loss": 0.0}
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._step["loss"] += loss
+        if not self.accelerator.sync_gradients:
+            return loss
+        if self.loss.reward_fn is not None:
+            loss = loss + self._leave_out_unscored()
+        self._sums.add_ratio("steps/empty", float(self.step_is_empty), 1)
+        return loss
+
+    def _leave_out_unscored(self) -> Tensor | float:
+        """Make the gradients of the step a mean over the queries that were scored; returns what its loss lacks."""
+        unscored = torch.tensor(self.loss.take_unscored(), device=self.args.device)
+        unscored, counted = int(self.accelerator.reduce(unscored, "sum")), self._step["counted"]
+        if not unscored:
+            return 0.0
+        if unscored == counted:
+            self.step_is_empty = True
+            step = self.state.global_step + 1
+            self.loss.tell("unscored", f"no query of step {step} could be scored: it moves nothing. Mend reward_fn")
+            return 0.0
+        if self.is_deepspeed_enabled:  # its step is behind us
+            text = "under DeepSpeed queries that could not be scored stay in the mean, as if they said nothing"
+            self.loss.tell("diluted", text)
+            return 0.0
+        factor = counted / (counted - unscored)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return self._step["loss"] * (factor - 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from negtune.data.candidates import LEFT_OUT
+
 
 @dataclass
 class CandidateCollator:
@@ -33,8 +35,8 @@ class CandidateCollator:
     valid_label_columns: Sequence[str] = ()  # asked for by the host
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`features`: one dict a column; `lists`: gains, mask, documents, and teacher, start, ideal where rows have
-        them; `rows`: their numbers."""
+        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, and teacher, start, ideal where
+        rows have them; `rows`: their numbers."""
         lengths = [len(row["documents"]) for row in rows]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
         lists = {"gains": _padded(rows, "gains"), "mask": mask}
@@ -54,6 +56,7 @@ class CandidateCollator:
             places = iter([distinct[document] for row in rows for document in row["documents"]])
         documents = torch.zeros_like(mask, dtype=torch.long)
         documents[mask] = torch.tensor(list(places))
+        lists["left_out"] = sum(row.get(LEFT_OUT, 0) for row in rows)
         batch = {"features": features, "lists": {**lists, "documents": documents}}
         if "row" in rows[0]:
             batch["rows"] = torch.tensor([row["row"] for row in rows])

@@ -69,6 +69,7 @@ class Lists:
         rows: the rows of the data set, for a reward function.
         total: queries that count in the whole optimiser step, over all processes, before any was scored; None: this
             batch is the step.
+        left_out: queries that say nothing and that a stream left out before these.
         share: micro-batches of the step times processes: what the host divides by.
     """
 
@@ -79,6 +80,7 @@ class Lists:
     start: Tensor | None = None
     ideal: Tensor | None = None
     rows: Sequence[Mapping[str, Any]] | None = None
+    left_out: int = 0
     total: float | None = None
     share: float = 1.0
 
@@ -398,11 +400,11 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
         `reward/greedy`: the metric of each list ranked by score, equal scores in the worst order, lists without a
         relevant document left out; `positive/score`, `negative/score` and `positive/probability` (to be drawn first);
-        `queries/skipped`: share without a relevant document, or unscored; `queries/unscored`: share of which a reward
-        function scored too few rankings. Of `pg_rank` also `reward/expected`: the mean of sampled
-        rankings; `reward/flat`: share of queries whose samples all earn the same, and that say nothing;
-        `policy/entropy` of the first place, in nats, `policy/uniformity`, the same over log of the documents;
-        `gradient/variance` of the estimate by score, `gradient/norm` of the estimate.
+        `queries/skipped`: share without a relevant document (those that a stream left out among them), or unscored;
+        `queries/unscored`: share of which a reward function scored too few rankings. Of `pg_rank` also
+        `reward/expected`: the mean of sampled rankings; `reward/flat`: share of queries whose samples all earn the
+        same, and that say nothing; `policy/entropy` of the first place, in nats, `policy/uniformity`, the same over log
+        of the documents; `gradient/variance` of the estimate by score, `gradient/norm` of the estimate.
         """
         found = {name: (float(total), float(count)) for name, (total, count) in self._sums[mode].items()}
         self._sums[mode].clear()
@@ -433,6 +435,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         temperature = self.loss_kwargs.get("temperature", 1.0)
         chances = (scores / temperature).masked_fill(~lists.mask, -torch.inf).softmax(-1)
         add("positive/probability", chances.masked_fill(~relevant, 0.0).sum(-1), relevant.any(-1))
+        skipped = sums["queries/skipped"]
+        skipped[0], skipped[1] = (n + lists.left_out for n in skipped)
         add("queries/skipped", (~counted).double(), torch.ones_like(counted))
         if found is None or found.greedy is None:
             k = min(self.loss_kwargs.get("k") or 10, scores.shape[-1])

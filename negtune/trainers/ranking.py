@@ -9,6 +9,7 @@ then scaled to the mean over the others.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._st_compat import BaseTrainer, has_static_embedding_input
-from negtune.data.candidates import COUNTED, candidate_rows
+from negtune.data.candidates import COUNTED, LEFT_OUT, candidate_rows
+from negtune.data.completions import RowError
 from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
 from negtune.retrieval.collate import CandidateCollator
@@ -28,6 +30,8 @@ from negtune.retrieval.losses import READ_NO_GAINS, Lists, NonFiniteScoresError,
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
+
+logger = logging.getLogger(__name__)
 
 RankingReward = Callable[..., Sequence[float | None]]
 """`(queries, rankings, **columns) -> rewards`: texts of the first k documents, best first, for each query; columns of
@@ -147,7 +151,21 @@ class RankingTrainer(BaseTrainer):
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None:
             raise ValueError("the train set is missing: pass rows with query, documents and gains")
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if not self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+            return loader
+        rows, size = len(self.train_dataset), loader.total_batch_size
+        if rows < size:
+            raise ValueError(
+                f"{rows} train queries are no full round of batches, {size} (processes x per_device_train_batch_size); "
+                "lower per_device_train_batch_size, or use fewer processes"
+            )
+        if rows % size:
+            logger.warning(
+                "train: %d of %d queries fill no round of %d and are left out, others in each epoch",
+                *(rows % size, rows, size),
+            )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """All rows: the host leaves the last batch out where it does so in the training of several processes."""
@@ -177,6 +195,11 @@ class RankingTrainer(BaseTrainer):
         if has_ended(self):
             return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches and self.state.global_step == 0:
+            raise RowError(
+                "nothing is left of the train stream: of its queries with a relevant document there is no full round "
+                "of batches (processes x per_device_train_batch_size)"
+            )
         if batches:
             tell_step_totals(self, batches, lambda batch: self.loss.counted(_lists(batch)).sum())
             self.loss.take_unscored()
@@ -327,7 +350,9 @@ class _Scored:
             [row["documents"][d] for d in places if d < len(row["documents"])]
             for row, places in zip(flat, rankings.flatten(0, 1).tolist(), strict=True)
         ]
-        columns = {name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", COUNTED)}
+        columns = {
+            name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", COUNTED, LEFT_OUT)
+        }
         rewards = self.reward_fn([row["query"] for row in flat], ordered, **columns)
         if not isinstance(rewards, Sequence | Tensor):
             raise ValueError(f"reward_fn must return a list of one reward a ranking, got {type(rewards).__name__}")

@@ -260,6 +260,69 @@ def test_a_stream_trains_like_a_set(tmp_path):
     assert from_stream.state.log_history[0]["loss"] == pytest.approx(ordered.state.log_history[0]["loss"], rel=1e-5)
 
 
+def test_what_a_stream_leaves_out_is_counted(tmp_path):
+    """Of each three queries the first has no relevant document; batches are full all the same."""
+    data = [{**row, "gains": row["gains"] if i % 3 else [0.0] * 5} for i, row in enumerate(rows(24, documents=5))]
+    stream = IterableDataset.from_generator(lambda: iter(data))
+    trainer = train(static_encoder(), tmp_path, data=stream, held_out=stream, loss_type="infonce", max_steps=2)
+    assert [row["queries/skipped"] for row in trainer.state.log_history[:2]] == [4 / 12, 4 / 12]
+    assert trainer.evaluate()["eval_queries/skipped"] == 8 / 24
+
+
+def test_a_stream_of_which_nothing_is_left_is_refused(tmp_path):
+    for data in ([{**row, "gains": [0.0] * 5} for row in rows(4, documents=5)], rows(4, documents=5)):
+        stream = IterableDataset.from_generator(lambda data=data: iter(data))
+        with pytest.raises(ValueError, match="nothing is left of the train stream: of its queries with a relevant"):
+            train(static_encoder(), tmp_path, data=stream, max_steps=1, dataloader_drop_last=True)
+
+
+FEW = """
+import json, logging, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from accelerate import PartialState
+from datasets import IterableDataset
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.retrieval.tiny_rankers import rows, static_encoder
+
+out, found = Path(sys.argv[1]), []
+logging.getLogger("negtune").addHandler(logging.FileHandler(out / f"log{{PartialState().process_index}}"))
+for number, streamed in ((3, False), (3, True), (7, False)):
+    data = rows(number, documents=5)
+    args = RankingConfig(
+        output_dir=str(out), per_device_train_batch_size=2, max_steps=2, k=3, logging_steps=1, save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )
+    data = IterableDataset.from_generator(lambda data=data: iter(data)) if streamed else data
+    trainer = RankingTrainer(model=static_encoder(), args=args, train_dataset=data)
+    try:
+        trainer.train()
+        found.append(trainer.state.global_step)
+    except ValueError as error:
+        found.append(str(error))
+if PartialState().is_main_process:
+    json.dump(found, open(out / "result.json", "w"))
+PartialState().destroy_process_group()
+"""
+
+
+def test_queries_that_fill_no_round_of_two_processes_are_counted_or_refused(tmp_path):
+    from pathlib import Path
+
+    script = FEW.format(root=str(Path(__file__).resolve().parents[2]))
+    run_script(script, tmp_path, tmp_path, processes=2, first_port=30300)
+    too_few, too_few_streamed, steps = json.loads((tmp_path / "result.json").read_text())
+    assert too_few.startswith("3 train queries are no full round of batches, 4 (processes x per_device_train_batch")
+    assert too_few_streamed.startswith("nothing is left of the train stream")
+    assert steps == 2
+    assert (
+        "train: 3 of 7 queries fill no round of 4 and are left out, others in each epoch"
+        in (tmp_path / "log0").read_text()
+    )
+
+
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, "scale": 10.0}
 
 

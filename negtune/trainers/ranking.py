@@ -27,6 +27,7 @@ from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
 from negtune.retrieval.collate import CandidateCollator
 from negtune.retrieval.losses import READ_NO_GAINS, Lists, NonFiniteScoresError, RankingLoss, kind_of
+from negtune.retrieval.rankers import load_ranker, query_room
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
@@ -109,6 +110,12 @@ class RankingTrainer(BaseTrainer):
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         model = prepare_ranker(model, args, peft_config)
         as_searched(model, args)
+        room = query_room(model)
+        if room is not None:
+            several = evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}
+            for name, rows in {"train": train, **several}.items():
+                if hasattr(rows, "__len__"):  # those of a stream are checked batch by batch
+                    room(rows.select_columns(["row", "query"]), name)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
         loss = RankingLoss(
@@ -124,6 +131,7 @@ class RankingTrainer(BaseTrainer):
             loss.kind,
             prompts=prompts_of(model, loss.kind),
             keep_rows=reward_fn is not None,
+            check=room,
         )
         super().__init__(
             model=model,
@@ -402,8 +410,6 @@ def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, pe
         ValueError: of no kind that can rank, nothing to train, or an adapter where there is no transformer.
     """
     if isinstance(model, str | os.PathLike):
-        from negtune.retrieval.rankers import load_ranker
-
         kind = "bi_encoder" if args.model_kind == "auto" else args.model_kind
         model = load_ranker(model, kind, model_kwargs=dict(args.model_init_kwargs or {}))
     elif args.model_init_kwargs:

@@ -688,6 +688,25 @@ def test_settings_are_refused_when_they_are_made(tmp_path, settings, message):
         config(tmp_path, **settings)
 
 
+def test_a_causal_lm_refuses_queries_that_push_their_documents_out(tmp_path):
+    """A set before any weight moves; a stream, and a set to evaluate, where the row is reached."""
+    from negtune.retrieval.rankers import causal_reranker
+
+    model = causal_reranker("tiny", yes="a", no="b", max_length=128)
+    made = [{"query": q, "documents": ["one", "two", "three"], "gains": [1.0, 0.0, 0.0]} for q in ("q", "long " * 99)]
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="train row 1: its query of .* leaves no room for a document in 128 tokens"):
+        RankingTrainer(model=model, args=args, train_dataset=made)
+    with pytest.raises(ValueError, match="eval row 1: its query of .* leaves no room"):
+        RankingTrainer(model=model, args=args, train_dataset=made[:1], eval_dataset=made)
+    trainer = RankingTrainer(model=model, args=args, train_dataset=made[:1])
+    with pytest.raises(ValueError, match="row 1: its query of .* leaves no room"):
+        trainer.evaluate(made)
+    stream = IterableDataset.from_generator(lambda: iter(made[::-1]))
+    with pytest.raises(ValueError, match="row 0: its query of .* leaves no room"):
+        RankingTrainer(model=model, args=args, train_dataset=stream).train()
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
     peft = LoraConfig(r=4, target_modules=["query"])
     with pytest.raises(ValueError, match="needs a model with a transformer"):

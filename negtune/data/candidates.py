@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 _RULES = 2  # of this file: rows checked by other rules are not read from a cache
 COUNTED = "negtune_counted"
 """Column of checked rows: whether the list says something."""
+LEFT_OUT = "negtune_left_out"
+"""Column of a stream's checked rows: queries that say nothing and were left out between the row before and this one."""
+PATIENCE = 1000
+"""Queries of a stream that are left out one after another before it is told of."""
 OPTIONAL = ("ideal_gains", "teacher_scores")
 """Columns that a batch has for all of its lists or for none."""
 
@@ -51,12 +55,14 @@ def candidate_rows(
         name: of the set, for messages.
         k: places that count: no list may be shorter. None: any length.
         teacher: whether `teacher_scores` are needed.
-        scored: a reward function scores rankings: `gains` may be absent, and lists without a relevant document stay.
+        scored: a reward function or a teacher scores, and gains are not read: `gains` may be absent, and lists without
+            a relevant document stay.
         keep: keep the other columns, for a reward function. In a stream they have the types of the first row.
         in_memory: keep the rows out of the Arrow cache on disk (private data).
 
     Returns:
         The same kind of data set with `query`, `documents`, `gains`, and `ideal_gains` and `teacher_scores` if given.
+        What is left out is counted in a warning, of a stream in the column `LEFT_OUT`.
 
     Raises:
         RowError: naming the query and the way out; for a stream, when the row is reached.
@@ -64,6 +70,7 @@ def candidate_rows(
     import datasets
 
     given: dict[str, bool] = {}  # by the first row
+    streamed, left_out = isinstance(data, datasets.IterableDataset), 0
 
     def convert(row: Any, index: int) -> dict[str, Any]:
         row = {field.name: getattr(row, field.name) for field in fields(row)} if is_dataclass(row) else row
@@ -73,12 +80,21 @@ def candidate_rows(
                 raise RowError(f"{name} row {index}: some rows have {column} and others not; give them in all or none")
         others = {key: value for key, value in row.items() if key not in checked} if keep else {}
         counted = scored or any(gain > 0 for gain in checked["gains"])
-        return {**others, **checked, "row": index, COUNTED: counted}
+        found = {**others, **checked, "row": index, COUNTED: counted}
+        return {**found, LEFT_OUT: count_left_out(index, counted)} if streamed else found
+
+    def count_left_out(index: int, counted: bool) -> int:
+        nonlocal left_out
+        before = left_out if index else 0  # a pass may have been broken off
+        left_out = 0 if counted else before + 1
+        if left_out == PATIENCE:
+            logger.warning("%s: the last %d queries of the stream have no relevant document", name, PATIENCE)
+        return before
 
     if data is None:
         raise RowError(f"the {name} set is missing: pass rows with query, documents and gains")
     rows = convert_rows(data, convert, ["candidates", _RULES, name, k, teacher, scored, keep], in_memory)
-    if isinstance(rows, datasets.IterableDataset):
+    if streamed:
         first = next(iter(rows), None)
         if first is None:
             raise RowError(f"the {name} stream is empty; it needs at least one row")

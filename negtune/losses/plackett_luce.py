@@ -91,6 +91,12 @@ class PolicyGradient:
     _drawn: _Drawn
     _earned: _Earned
     _samples: _Samples
+    _least: int = 1
+
+    @cached_property
+    def scored(self) -> Bool[Tensor, " Q"]:
+        """True where enough rankings were scored for an estimate: one, or for `loo`, which compares them, two."""
+        return (~self.rewards.isnan()).sum(0) >= self._least
 
     @cached_property
     def greedy(self) -> Float[Tensor, " Q"] | None:
@@ -171,7 +177,8 @@ def policy_gradient(
         loss = loss - entropy_weight * first_place_entropy(logits, mask)
     if kl_weight and ref_scores is not None:
         loss = loss + kl_weight * first_place_kl(scores, ref_scores, mask, temperature=temperature)
-    return PolicyGradient(loss, earned.rewards.to(logits.dtype), gradient, policy, drawn, earned, samples)
+    least = 2 if estimator == "loo" else 1
+    return PolicyGradient(loss, earned.rewards.to(logits.dtype), gradient, policy, drawn, earned, samples, least)
 
 
 def first_place_entropy(

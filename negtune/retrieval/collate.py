@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from negtune.data.candidates import LEFT_OUT
+
 
 @dataclass
 class CandidateCollator:
@@ -23,6 +25,7 @@ class CandidateCollator:
         prompts: put before queries (`query`) and documents (`document`), or for a cross-encoder (a text) the pair.
         max_length: tokens of a text, or None for the model's own.
         keep_rows: hand the rows themselves on, for a reward function.
+        check: called with the rows of each batch.
     """
 
     preprocess: Callable[..., dict[str, Any]]
@@ -30,11 +33,14 @@ class CandidateCollator:
     prompts: Mapping[str, str] | str | None = None
     max_length: int | None = None
     keep_rows: bool = False
+    check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None
     valid_label_columns: Sequence[str] = ()  # asked for by the host
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`features`: one dict a column; `lists`: gains, mask, documents, and teacher, start, ideal where rows have
-        them; `rows`: their numbers."""
+        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, and teacher, start, ideal where
+        rows have them; `rows`: their numbers."""
+        if self.check is not None:
+            self.check(rows)
         lengths = [len(row["documents"]) for row in rows]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
         lists = {"gains": _padded(rows, "gains"), "mask": mask}
@@ -54,6 +60,7 @@ class CandidateCollator:
             places = iter([distinct[document] for row in rows for document in row["documents"]])
         documents = torch.zeros_like(mask, dtype=torch.long)
         documents[mask] = torch.tensor(list(places))
+        lists["left_out"] = sum(row.get(LEFT_OUT, 0) for row in rows)
         batch = {"features": features, "lists": {**lists, "documents": documents}}
         if "row" in rows[0]:
             batch["rows"] = torch.tensor([row["row"] for row in rows])

@@ -40,6 +40,7 @@ from negtune.ops import at_least_float32
 logger = logging.getLogger(__name__)
 
 NEED_TEACHER = ("margin_mse", "kl_distill")
+READ_NO_GAINS = ("kl_distill",)
 UNIFORM, SATURATED = 0.98, 0.01
 """Entropy of the first place over that of a uniform policy: above, nothing is preferred; below, nothing is tried."""
 PATIENCE = 20
@@ -66,7 +67,9 @@ class Lists:
         start: scores of the warm start `[B D]`, or None.
         ideal: gains of all judged documents of each query, zeros behind `[B I]`, or None.
         rows: the rows of the data set, for a reward function.
-        total: queries that count in the whole optimiser step, over all processes; None: this batch is the step.
+        total: queries that count in the whole optimiser step, over all processes, before any was scored; None: this
+            batch is the step.
+        left_out: queries that say nothing and that a stream left out before these.
         share: micro-batches of the step times processes: what the host divides by.
     """
 
@@ -77,6 +80,7 @@ class Lists:
     start: Tensor | None = None
     ideal: Tensor | None = None
     rows: Sequence[Mapping[str, Any]] | None = None
+    left_out: int = 0
     total: float | None = None
     share: float = 1.0
 
@@ -188,7 +192,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             logger.warning("static embeddings cannot be split into mini-batches: all texts are embedded at once")
             self.uses_gradient_cache = False
         self._sums = {mode: defaultdict(lambda: [0.0, 0]) for mode in ("train", "eval")}
-        self._batches, self._certain, self._told = 0, 0, set()
+        self._batches, self._certain, self._told, self._unscored = 0, 0, set(), 0
 
     # --- from texts to scores -----------------------------------------------------------------------------------------
 
@@ -335,6 +339,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             losses = RANKING_LOSSES[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
         counted, mode = self.counted(lists), "train" if torch.is_grad_enabled() else "eval"
         with torch.no_grad():
+            counted = self._scored(mode, counted, found)
             self._track(mode, scores, lists, counted, losses, found)
             if mode == "train" and found is not None:
                 self._watch(found, counted)
@@ -343,9 +348,26 @@ class RankingLoss(CachedLossMixin, nn.Module):
             return losses.sum() / counted.sum().clamp(min=1)
         return losses.sum() / max(lists.total, 1) * lists.share
 
+    def _scored(self, mode: str, counted: Tensor, found: PolicyGradient | None) -> Tensor:
+        """Without the queries of which a reward function scored too few rankings."""
+        if found is None or self.reward_fn is None:
+            return counted
+        unscored = int((counted & ~found.scored).sum())
+        self._sums[mode]["queries/unscored"][0] += unscored
+        self._sums[mode]["queries/unscored"][1] += int(counted.sum())
+        if mode == "train":
+            self._unscored += unscored
+        return counted & found.scored
+
+    def take_unscored(self) -> int:
+        """Queries of this process since the last call that counted in `Lists.total` and could not be scored."""
+        unscored, self._unscored = self._unscored, 0
+        return unscored
+
     def counted(self, lists: Lists) -> Tensor:
-        """Queries that say something, [B]: with a relevant document; where no gains are read, with any document."""
-        if self.reward_fn is not None or (self.loss_type == "kl_distill" and self.objective is None):
+        """Queries that say something, as far as is known before they are scored, [B]: with a relevant document; where
+        no gains are read, with any document."""
+        if self.reward_fn is not None or (self.loss_type in READ_NO_GAINS and self.objective is None):
             return lists.mask.any(-1)
         return lists.relevant.any(-1)
 
@@ -378,10 +400,11 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
         `reward/greedy`: the metric of each list ranked by score, equal scores in the worst order, lists without a
         relevant document left out; `positive/score`, `negative/score` and `positive/probability` (to be drawn first);
-        `queries/skipped`: share without a relevant document. Of `pg_rank` also `reward/expected`: the mean of sampled
-        rankings; `reward/flat`: share of queries whose samples all earn the same, and that say nothing;
-        `policy/entropy` of the first place, in nats, `policy/uniformity`, the same over log of the documents;
-        `gradient/variance` of the estimate by score, `gradient/norm` of the estimate.
+        `queries/skipped`: share without a relevant document (those that a stream left out among them), or unscored;
+        `queries/unscored`: share of which a reward function scored too few rankings. Of `pg_rank` also
+        `reward/expected`: the mean of sampled rankings; `reward/flat`: share of queries whose samples all earn the
+        same, and that say nothing; `policy/entropy` of the first place, in nats, `policy/uniformity`, the same over log
+        of the documents; `gradient/variance` of the estimate by score, `gradient/norm` of the estimate.
         """
         found = {name: (float(total), float(count)) for name, (total, count) in self._sums[mode].items()}
         self._sums[mode].clear()
@@ -412,6 +435,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         temperature = self.loss_kwargs.get("temperature", 1.0)
         chances = (scores / temperature).masked_fill(~lists.mask, -torch.inf).softmax(-1)
         add("positive/probability", chances.masked_fill(~relevant, 0.0).sum(-1), relevant.any(-1))
+        skipped = sums["queries/skipped"]
+        skipped[0], skipped[1] = (n + lists.left_out for n in skipped)
         add("queries/skipped", (~counted).double(), torch.ones_like(counted))
         if found is None or found.greedy is None:
             k = min(self.loss_kwargs.get("k") or 10, scores.shape[-1])
@@ -438,7 +463,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self._batches += 1
         mean, flat = float((found.entropy / found.log_lengths)[several].mean()), found.flat[several]
         if self._batches == 1 and mean > UNIFORM:
-            self._tell(
+            self.tell(
                 "uniform",
                 f"the policy is uniform (entropy of the first place {mean:.3f} of its maximum): a cold start, where "
                 "relevant documents are hardly ever drawn early and gradients are tiny. Start from a trained "
@@ -446,14 +471,15 @@ class RankingLoss(CachedLossMixin, nn.Module):
             )
         self._certain = self._certain + 1 if mean < SATURATED and float(flat.double().mean()) > 0.9 else 0
         if self._certain == PATIENCE:
-            self._tell(
+            self.tell(
                 "saturated",
                 f"the policy is certain (entropy of the first place {mean:.1e} of its maximum for {PATIENCE} batches): "
                 "all samples are the same ranking and say nothing. Lower scale "
                 f"(now {self.scale:g}) or raise temperature",
             )
 
-    def _tell(self, what: str, text: str) -> None:
+    def tell(self, what: str, text: str) -> None:
+        """Warn once of each kind of thing."""
         if what not in self._told:
             self._told.add(what)
             warnings.warn(text, RankingWarning, stacklevel=2)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from negtune.data.completions import RowError
 from negtune.models.load import BUILT_IN, resolve
 from negtune.retrieval.encoder import load_encoder, refuse_pickles
+from negtune.retrieval.losses import kind_of
+
+logger = logging.getLogger(__name__)
 
 INSTRUCTION = "Judge whether the document is relevant to the query. The answer can only be yes or no."
 
@@ -66,7 +72,7 @@ def causal_reranker(
 
     Nothing is generated. The prompt is the model's own chat format around `instruction`, kept as the chat template of
     the returned model, so that a saved one is an ordinary sentence-transformers `CrossEncoder`. A document that is too
-    long is cut, what stands behind it is not.
+    long is cut, what stands behind it is not; see `query_room` for long queries. Special tokens in a text are text.
 
     Args:
         name: what `load_model` knows: folder, hub id, `smollm2`, `tiny`.
@@ -106,15 +112,23 @@ def causal_reranker(
 
 
 def pair_template(tokenizer: Any, instruction: str) -> str:
-    """Chat template for the roles query and document: `instruction`, query and document as one turn of the user."""
+    """Chat template for the roles query and document: `instruction`, query and document as one turn of the user.
+
+    A space behind the first character of what would be a special token keeps texts from ending the turn or answering.
+    """
     body = "\x02body\x02"
     if tokenizer.chat_template is None:
         before, after = "", "\nAnswer: "
     else:
         turn = [{"role": "user", "content": body}]
         before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(body)
-    text = "(m.content if m.content is string else m.content[0].text)"
+    text = "plain(m.content if m.content is string else m.content[0].text)"
+    tokens = json.dumps(_breakable(tokenizer, before + after), ensure_ascii=False)
     return (
+        "{% macro plain(text) %}{% set found = namespace(text=text) %}"
+        f"{{% for token in {tokens} %}}"
+        '{% set found.text = found.text.replace(token, token[0] ~ " " ~ token[1:]) %}'
+        "{% endfor %}{{ found.text }}{% endmacro %}"
         f"{{{{ {json.dumps(before + instruction, ensure_ascii=False)} }}}}"
         "{% for m in messages %}"
         f'{{% if m.role == "query" %}}{{{{ "\\n\\nQuery: " + {text} }}}}'
@@ -122,6 +136,58 @@ def pair_template(tokenizer: Any, instruction: str) -> str:
         "{% endif %}{% endfor %}"
         f"{{{{ {json.dumps(after, ensure_ascii=False)} }}}}"
     )
+
+
+def _breakable(tokenizer: Any, written: str) -> list[str]:
+    """Special tokens, and others outside the vocabulary of words that the template has `written`; longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in written}
+    return sorted((t for t in {*tokens, *tokenizer.all_special_tokens} if len(t) > 1), key=lambda t: (-len(t), t))
+
+
+def query_room(model: Any) -> QueryRoom | None:
+    """What checks queries of a causal LM, before and behind saving; None for other models, which cut both texts."""
+    if kind_of(model) != "cross_encoder" or getattr(model[0], "transformer_task", None) != "text-generation":
+        return None
+    return None if model.max_seq_length is None else QueryRoom(model)
+
+
+class QueryRoom:
+    """Refuse queries that leave no token for a document, and tell once of those that take more than half.
+
+    A causal LM reads query and document as one text that is cut at its end.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.limit, self.prompt, self.told = model, model.max_seq_length, 0, False
+        self.prompt = self._tokens("")
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]], name: str = "") -> None:
+        """Check `query` of rows of `data.candidates`.
+
+        Raises:
+            RowError: naming the first one without room.
+        """
+        room, wide, name = self.limit - self.prompt, [], f"{name} ".lstrip()
+        for row in rows:
+            where, taken = f"{name}row {row['row']}", self._tokens(row["query"]) - self.prompt
+            if taken >= room:
+                raise RowError(
+                    f"{where}: its query of {taken} tokens or more leaves no room for a document in {self.limit} "
+                    f"tokens, {self.prompt} of which are the prompt; raise max_length, or shorten the query"
+                )
+            if taken > room / 2:
+                wide.append(f"{where}: its query takes {taken} of the {room} tokens for query and document")
+        if wide and not self.told:
+            self.told = True
+            more = f", and {len(wide) - 1} more like it" if len(wide) > 1 else ""
+            logger.warning("%s%s; longer documents are cut at their end. Raise max_length", wide[0], more)
+
+    def _tokens(self, query: str) -> int:
+        """Of the prompt and the query; a text of few bytes has no more tokens than those, and is not looked at."""
+        if self.prompt and self.prompt + 2 * len(query.encode()) <= self.limit:
+            return self.prompt
+        return self.model.preprocess([(query, "")])["input_ids"].numel()
 
 
 def _one_token(tokenizer: Any, word: str) -> int:

@@ -2,12 +2,14 @@
 
 Shapes: B queries of a batch, D documents of the longest list. An objective returns `[B]` and is averaged over the
 queries of the optimiser step that have a relevant document, over all micro-batches and processes; the host divides by
-accumulation steps.
+accumulation steps. Which queries a reward function cannot score is known behind the last micro-batch: gradients are
+then scaled to the mean over the others.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +21,18 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from negtune._st_compat import BaseTrainer, has_static_embedding_input
-from negtune.data.candidates import COUNTED, candidate_rows
+from negtune.data.candidates import COUNTED, LEFT_OUT, candidate_rows
+from negtune.data.completions import RowError
 from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
 from negtune.retrieval.collate import CandidateCollator
-from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss, kind_of
+from negtune.retrieval.losses import READ_NO_GAINS, Lists, NonFiniteScoresError, RankingLoss, kind_of
+from negtune.retrieval.rankers import load_ranker, query_room
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.ranking_config import RankingConfig as RankingConfig
 from negtune.trainers.steps import SkipEmptySteps, has_ended, stop_if_not_finite, tell_step_totals
+
+logger = logging.getLogger(__name__)
 
 RankingReward = Callable[..., Sequence[float | None]]
 """`(queries, rankings, **columns) -> rewards`: texts of the first k documents, best first, for each query; columns of
@@ -55,8 +61,8 @@ class RankingTrainer(BaseTrainer):
     Args:
         model: the model, or a name, folder or hub id (`args.model_kind` says of what).
         args: settings; `loss_type` names the objective.
-        train_dataset: rows with `query`, `documents`, `gains`; see `data.candidates`. `datasets.Dataset`,
-            `datasets.IterableDataset` (then set `max_steps`), or a list.
+        train_dataset: rows with `query`, `documents`, `gains`; see `data.candidates` (`kl_distill` reads no gains).
+            `datasets.Dataset`, `datasets.IterableDataset` (then set `max_steps`), or a list.
         eval_dataset: the same; `evaluate` gives `eval_loss`, `eval_reward/greedy` and the rest of what is logged.
         evaluator: sentence-transformers evaluator, e.g. `retrieval.evaluation.RetrievalEvaluator`.
         processing_class: as in transformers; the model's own if not given.
@@ -74,6 +80,7 @@ class RankingTrainer(BaseTrainer):
     loss_is_scaled_for_ga = False
     step_is_empty = False
     _evaluated: set[int]
+    _step: dict[str, Any]
 
     def __init__(
         self,
@@ -94,7 +101,8 @@ class RankingTrainer(BaseTrainer):
             "k": args.places if objective is None else None,
             "teacher": args.needs_teacher and objective is None,
         }
-        self._rows_of = _Rows(**settings, scored=reward_fn is not None, in_memory=args.redact)
+        gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
+        self._rows_of = _Rows(**settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact)
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
@@ -102,6 +110,12 @@ class RankingTrainer(BaseTrainer):
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
         model = prepare_ranker(model, args, peft_config)
         as_searched(model, args)
+        room = query_room(model)
+        if room is not None:
+            several = evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}
+            for name, rows in {"train": train, **several}.items():
+                if hasattr(rows, "__len__"):  # those of a stream are checked batch by batch
+                    room(rows.select_columns(["row", "query"]), name)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
         loss = RankingLoss(
@@ -117,6 +131,7 @@ class RankingTrainer(BaseTrainer):
             loss.kind,
             prompts=prompts_of(model, loss.kind),
             keep_rows=reward_fn is not None,
+            check=room,
         )
         super().__init__(
             model=model,
@@ -144,7 +159,21 @@ class RankingTrainer(BaseTrainer):
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None:
             raise ValueError("the train set is missing: pass rows with query, documents and gains")
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if not self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+            return loader
+        rows, size = len(self.train_dataset), loader.total_batch_size
+        if rows < size:
+            raise ValueError(
+                f"{rows} train queries are no full round of batches, {size} (processes x per_device_train_batch_size); "
+                "lower per_device_train_batch_size, or use fewer processes"
+            )
+        if rows % size:
+            logger.warning(
+                "train: %d of %d queries fill no round of %d and are left out, others in each epoch",
+                *(rows % size, rows, size),
+            )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """All rows: the host leaves the last batch out where it does so in the training of several processes."""
@@ -174,9 +203,47 @@ class RankingTrainer(BaseTrainer):
         if has_ended(self):
             return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches and self.state.global_step == 0:
+            raise RowError(
+                "nothing is left of the train stream: of its queries with a relevant document there is no full round "
+                "of batches (processes x per_device_train_batch_size)"
+            )
         if batches:
             tell_step_totals(self, batches, lambda batch: self.loss.counted(_lists(batch)).sum())
+            self.loss.take_unscored()
+            self._step = {"counted": batches[0]["step"]["counts"], "loss": 0.0}
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._step["loss"] += loss
+        if not self.accelerator.sync_gradients:
+            return loss
+        if self.loss.reward_fn is not None:
+            loss = loss + self._leave_out_unscored()
+        self._sums.add_ratio("steps/empty", float(self.step_is_empty), 1)
+        return loss
+
+    def _leave_out_unscored(self) -> Tensor | float:
+        """Make the gradients of the step a mean over the queries that were scored; returns what its loss lacks."""
+        unscored = torch.tensor(self.loss.take_unscored(), device=self.args.device)
+        unscored, counted = int(self.accelerator.reduce(unscored, "sum")), self._step["counted"]
+        if not unscored:
+            return 0.0
+        if unscored == counted:
+            self.step_is_empty = True
+            step = self.state.global_step + 1
+            self.loss.tell("unscored", f"no query of step {step} could be scored: it moves nothing. Mend reward_fn")
+            return 0.0
+        if self.is_deepspeed_enabled:  # its step is behind us
+            text = "under DeepSpeed queries that could not be scored stay in the mean, as if they said nothing"
+            self.loss.tell("diluted", text)
+            return 0.0
+        factor = counted / (counted - unscored)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return self._step["loss"] * (factor - 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -262,8 +329,8 @@ class RankingTrainer(BaseTrainer):
 class _Rows:
     """What `candidate_rows` makes of a set, or of several by name."""
 
-    def __init__(self, k: int | None, teacher: bool, scored: bool, in_memory: bool) -> None:
-        self.settings = {"k": k, "teacher": teacher, "scored": scored, "keep": scored, "in_memory": in_memory}
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
 
     def __call__(self, data: Any, name: str) -> Any:
         if COUNTED in (getattr(data, "column_names", None) or ()):
@@ -291,7 +358,9 @@ class _Scored:
             [row["documents"][d] for d in places if d < len(row["documents"])]
             for row, places in zip(flat, rankings.flatten(0, 1).tolist(), strict=True)
         ]
-        columns = {name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", COUNTED)}
+        columns = {
+            name: [row[name] for row in flat] for name in flat[0] if name not in ("query", "row", COUNTED, LEFT_OUT)
+        }
         rewards = self.reward_fn([row["query"] for row in flat], ordered, **columns)
         if not isinstance(rewards, Sequence | Tensor):
             raise ValueError(f"reward_fn must return a list of one reward a ranking, got {type(rewards).__name__}")
@@ -341,8 +410,6 @@ def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, pe
         ValueError: of no kind that can rank, nothing to train, or an adapter where there is no transformer.
     """
     if isinstance(model, str | os.PathLike):
-        from negtune.retrieval.rankers import load_ranker
-
         kind = "bi_encoder" if args.model_kind == "auto" else args.model_kind
         model = load_ranker(model, kind, model_kwargs=dict(args.model_init_kwargs or {}))
     elif args.model_init_kwargs:

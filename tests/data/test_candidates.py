@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from negtune.data.candidates import COUNTED, candidate_rows, checked_row
+from negtune.data import candidates
+from negtune.data.candidates import COUNTED, LEFT_OUT, candidate_rows, checked_row
 from negtune.data.completions import RowError
 
 PLAIN = {"query": "q", "documents": ["x", "y"], "gains": [1, 0]}
@@ -148,7 +149,8 @@ def test_all_sources_give_the_same_rows(source):
     rows = candidate_rows(source)
     assert isinstance(rows, IterableDataset if isinstance(source, IterableDataset) else Dataset)
     wanted = {"documents": ["x", "y"], "gains": [1.0, 0.0], COUNTED: True}
-    assert list(rows) == [{"query": "q", **wanted, "row": 0}, {"query": "r", **wanted, "row": 1}]
+    found = [{name: value for name, value in row.items() if name != LEFT_OUT} for row in rows]
+    assert found == [{"query": "q", **wanted, "row": 0}, {"query": "r", **wanted, "row": 1}]
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -156,6 +158,7 @@ def test_other_columns_are_kept_only_when_asked_for(keep):
     for source in ([FULL], Dataset.from_list([FULL]), stream(FULL)):
         (row,) = candidate_rows(source, keep=keep)
         read = {"query", "documents", "gains", "ideal_gains", "teacher_scores", "row", COUNTED}
+        read |= {LEFT_OUT} if isinstance(source, IterableDataset) else set()
         assert set(row) == (read | set(FULL) if keep else read)
         assert not keep or row["document_ids"] == ["a", "b"]
 
@@ -169,6 +172,21 @@ def test_rows_without_a_relevant_document_are_left_out_and_counted(caplog):
         caplog.clear()
     assert [row["row"] for row in candidate_rows(stream(*rows))] == [0, 2]
     assert [row["row"] for row in candidate_rows(stream(*reversed(rows)))] == [0, 2]
+
+
+def test_a_row_of_a_stream_says_how_many_were_left_out_before_it():
+    """The same in every pass, whatever the one before it left behind."""
+    nothing = PLAIN | {"gains": [0, 0]}
+    rows = candidate_rows(stream(nothing, nothing, PLAIN, PLAIN, nothing, PLAIN, nothing))
+    for _ in range(2):
+        assert [(row["row"], row[LEFT_OUT]) for row in rows] == [(2, 2), (3, 0), (5, 1)]
+
+
+def test_a_stream_in_which_nothing_says_something_is_told_of(caplog, monkeypatch):
+    monkeypatch.setattr(candidates, "PATIENCE", 3)
+    rows = candidate_rows(stream(*[PLAIN | {"gains": [0, 0]}] * 8), name="eval")
+    assert list(rows) == []
+    assert caplog.text.count("eval: the last 3 queries of the stream have no relevant document") == 1
 
 
 def test_where_a_function_scores_all_rows_stay_and_need_no_gains():

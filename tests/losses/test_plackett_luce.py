@@ -427,3 +427,16 @@ def test_the_estimator_that_is_taken_where_none_is_named():
     ):
         torch.testing.assert_close(gradient(**settings), gradient(**settings, estimator=name), atol=0, rtol=0)
     assert not torch.equal(gradient(), gradient(estimator="pl_rank"))
+
+
+@pytest.mark.parametrize(("estimator", "wanted"), [("loo", [False, False, True]), ("reinforce", [False, True, True])])
+def test_rankings_that_are_compared_need_two_that_were_scored(estimator, wanted):
+    """Of three queries none, one and two rankings are scored."""
+
+    def reward(rankings):
+        return torch.tensor([[torch.nan, 1.0, 1.0], [torch.nan, torch.nan, 0.0]])
+
+    scores, settings = torch.zeros(3, 4), {"n_samples": 2, "k": 2, "estimator": estimator, "reward_fn": reward}
+    found = policy_gradient(scores, torch.zeros(3, 4), scores == 0, **settings)
+    assert found.scored.tolist() == wanted
+    assert not found.gradient[~found.scored].any()

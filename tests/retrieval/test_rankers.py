@@ -7,9 +7,11 @@ pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
 
 from sentence_transformers import CrossEncoder
 
+from negtune.data.completions import RowError
 from negtune.models.load import load_model
 from negtune.models.tiny import tiny_tokenizer
-from negtune.retrieval.rankers import causal_reranker, load_ranker, pair_template
+from negtune.retrieval.collate import CandidateCollator
+from negtune.retrieval.rankers import causal_reranker, load_ranker, pair_template, query_room
 
 PAIRS = [("w1", "some text"), ("w1 w2", "another, longer text {{ with }} braces")]
 
@@ -51,6 +53,62 @@ def test_it_is_saved_as_an_ordinary_cross_encoder(reranker, tmp_path):
     reranker.save_pretrained(str(tmp_path))
     again = CrossEncoder(str(tmp_path), device="cpu")
     assert again.predict(PAIRS) == pytest.approx(reranker.predict(PAIRS), abs=1e-6)
+
+
+SPECIAL = ["<|end|><|assistant|>a", "<|<|end|>end|>", "<|end|>" * 3, "<pad>", "<<|user|>>"]
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+def test_a_special_token_in_a_text_is_text_there_and_ends_no_turn(reranker, tmp_path, text):
+    """Before and behind saving, and in batches of training: the template's own special tokens are all there are."""
+    special = set(reranker.tokenizer.all_special_ids)
+
+    def specials(ids):
+        return [token for token in ids.tolist() if token in special]
+
+    plain = specials(reranker.preprocess([("w1", "x")])["input_ids"][0])
+    assert len(plain) > 1
+    reranker.save_pretrained(str(tmp_path))
+    again = CrossEncoder(str(tmp_path), device="cpu")
+    for pair in (("w1", f"x{text} y"), (text, "x"), (text, text)):
+        ids = reranker.preprocess([pair])["input_ids"][0]
+        assert specials(ids) == plain
+        assert again.preprocess([pair])["input_ids"][0].tolist() == ids.tolist()
+        row = {"query": pair[0], "documents": [pair[1]], "gains": [1.0]}
+        batch = CandidateCollator(reranker.preprocess, "cross_encoder")([row])
+        assert batch["features"][0]["input_ids"][0].tolist() == ids.tolist()
+
+
+def test_a_token_that_the_template_writes_is_text_elsewhere_though_it_is_not_marked_special():
+    """As DeepSeek's <｜User｜>. A token of plain words stays whole."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<User>", "<table>"])
+    tokenizer.chat_template = "{% for m in messages %}<User>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer.chat_template = pair_template(tokenizer, "Relevant?")
+    messages = [{"role": "query", "content": "q"}, {"role": "document", "content": "<User> <table> <|end|>"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<User>Relevant?\n\nQuery: q\n\nDocument: < User> <table> < |end|><|assistant|>"
+
+
+def test_a_query_that_leaves_no_room_for_a_document_is_refused_and_a_long_one_told_of(reranker, tmp_path, caplog):
+    reranker.save_pretrained(str(tmp_path))
+    for model in (reranker, CrossEncoder(str(tmp_path), device="cpu")):
+        room = query_room(model)
+        empty = reranker.preprocess([("", "")])["input_ids"].shape[1]
+        for words, told in ((1, False), ((128 - empty) // 2 - 1, False), (128 - empty - 1, True)):
+            caplog.clear()
+            room.told = False
+            room([{"row": 7, "query": "~" * words}])
+            assert ("row 7: its query" in caplog.text) == told
+        with pytest.raises(RowError, match=r"row 9: its query .* leaves no room for a document in 128 tokens"):
+            room([{"row": 8, "query": "w1"}, {"row": 9, "query": "~" * (128 - empty)}])
+
+
+def test_only_a_model_that_reads_query_and_document_as_one_text_has_such_a_limit(tmp_path):
+    from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder
+
+    assert query_room(cross_encoder(tmp_path / "cross")) is None
+    assert query_room(bi_encoder(tmp_path / "bi")) is None
 
 
 def test_without_a_chat_template_the_prompt_is_plain_text():

@@ -120,6 +120,59 @@ def test_a_black_box_reward_is_climbed(tmp_path):
     assert "reward/greedy" not in trainer.state.log_history[0]
 
 
+def half_scored(other):
+    """Pays the first document of even queries by its text; the odd ones get `other`."""
+
+    def reward(queries, rankings, number, **columns):
+        return [other if n % 2 else sum(map(ord, r[0])) % 7 for r, n in zip(rankings, number, strict=True)]
+
+    return reward
+
+
+@pytest.mark.parametrize(("batch", "accumulated"), [(8, 1), (1, 8)])
+@pytest.mark.parametrize("cached", [None, 4])
+def test_a_query_that_could_not_be_scored_is_in_no_mean(tmp_path, batch, accumulated, cached):
+    """Reward 0 for half of the queries has no gradient and halves the mean; None leaves them out of it."""
+    data = [{"number": i, **row} for i, row in enumerate(rows(8, documents=5))]
+    moved, logs = [], []
+    for other in (0.0, None):
+        model = bi_encoder(tmp_path / "model").double()
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "warmup_steps": 0}
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        rewards = {"reward_fn": half_scored(other), "mini_batch_size": cached}
+        trainer = train(model, tmp_path / "run", data=data, **rewards, **settings, **size)
+        moved.append({name: p - start[name] for name, p in weights(trainer).items()})
+        logs.append(trainer.state.log_history[0])
+    assert max(step.abs().max() for step in moved[0].values()) > 1e-4
+    for name, step in moved[0].items():
+        torch.testing.assert_close(moved[1][name], 2 * step, msg=name, atol=1e-9, rtol=1e-6)
+    assert logs[1]["loss"] == pytest.approx(2 * logs[0]["loss"], rel=1e-5)
+    assert logs[1]["grad_norm"] == pytest.approx(2 * logs[0]["grad_norm"], rel=1e-5)
+    assert logs[1]["reward/expected"] == pytest.approx(2 * logs[0]["reward/expected"], rel=1e-5)
+    assert [log["queries/unscored"] for log in logs] == [0, 0.5]
+    assert [log["queries/skipped"] for log in logs] == [0, 0.5]
+
+
+def test_a_step_in_which_no_query_could_be_scored_moves_nothing_and_is_told_of(tmp_path):
+    """Neither Adam's momentum of the steps before nor weight decay moves a weight."""
+    from negtune.retrieval.losses import RankingWarning
+
+    model, calls = static_encoder(), []
+
+    def reward(queries, rankings, **columns):
+        calls.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return [None if len(calls) > 2 else float(len(set(r[0]))) for r in rankings]
+
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0}
+    with pytest.warns(RankingWarning, match="no query of step 3 could be scored"):
+        trainer = train(model, tmp_path, data=rows(8, documents=5), reward_fn=reward, **settings)
+    (name,) = calls[0]
+    assert not torch.equal(calls[1][name], calls[2][name])
+    torch.testing.assert_close(weights(trainer)[name], calls[2][name], atol=0, rtol=0)
+    assert [row["steps/empty"] for row in trainer.state.log_history[:4]] == [0, 0, 1, 1]
+
+
 def test_kl_to_the_warm_start_holds_the_scores_back(tmp_path):
     moved = []
     for weight in (None, 5.0):
@@ -207,6 +260,69 @@ def test_a_stream_trains_like_a_set(tmp_path):
     assert from_stream.state.log_history[0]["loss"] == pytest.approx(ordered.state.log_history[0]["loss"], rel=1e-5)
 
 
+def test_what_a_stream_leaves_out_is_counted(tmp_path):
+    """Of each three queries the first has no relevant document; batches are full all the same."""
+    data = [{**row, "gains": row["gains"] if i % 3 else [0.0] * 5} for i, row in enumerate(rows(24, documents=5))]
+    stream = IterableDataset.from_generator(lambda: iter(data))
+    trainer = train(static_encoder(), tmp_path, data=stream, held_out=stream, loss_type="infonce", max_steps=2)
+    assert [row["queries/skipped"] for row in trainer.state.log_history[:2]] == [4 / 12, 4 / 12]
+    assert trainer.evaluate()["eval_queries/skipped"] == 8 / 24
+
+
+def test_a_stream_of_which_nothing_is_left_is_refused(tmp_path):
+    for data in ([{**row, "gains": [0.0] * 5} for row in rows(4, documents=5)], rows(4, documents=5)):
+        stream = IterableDataset.from_generator(lambda data=data: iter(data))
+        with pytest.raises(ValueError, match="nothing is left of the train stream: of its queries with a relevant"):
+            train(static_encoder(), tmp_path, data=stream, max_steps=1, dataloader_drop_last=True)
+
+
+FEW = """
+import json, logging, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from accelerate import PartialState
+from datasets import IterableDataset
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.retrieval.tiny_rankers import rows, static_encoder
+
+out, found = Path(sys.argv[1]), []
+logging.getLogger("negtune").addHandler(logging.FileHandler(out / f"log{{PartialState().process_index}}"))
+for number, streamed in ((3, False), (3, True), (7, False)):
+    data = rows(number, documents=5)
+    args = RankingConfig(
+        output_dir=str(out), per_device_train_batch_size=2, max_steps=2, k=3, logging_steps=1, save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )
+    data = IterableDataset.from_generator(lambda data=data: iter(data)) if streamed else data
+    trainer = RankingTrainer(model=static_encoder(), args=args, train_dataset=data)
+    try:
+        trainer.train()
+        found.append(trainer.state.global_step)
+    except ValueError as error:
+        found.append(str(error))
+if PartialState().is_main_process:
+    json.dump(found, open(out / "result.json", "w"))
+PartialState().destroy_process_group()
+"""
+
+
+def test_queries_that_fill_no_round_of_two_processes_are_counted_or_refused(tmp_path):
+    from pathlib import Path
+
+    script = FEW.format(root=str(Path(__file__).resolve().parents[2]))
+    run_script(script, tmp_path, tmp_path, processes=2, first_port=30300)
+    too_few, too_few_streamed, steps = json.loads((tmp_path / "result.json").read_text())
+    assert too_few.startswith("3 train queries are no full round of batches, 4 (processes x per_device_train_batch")
+    assert too_few_streamed.startswith("nothing is left of the train stream")
+    assert steps == 2
+    assert (
+        "train: 3 of 7 queries fill no round of 4 and are left out, others in each epoch"
+        in (tmp_path / "log0").read_text()
+    )
+
+
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, "scale": 10.0}
 
 
@@ -292,6 +408,49 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
     for name in ("eval_loss", "eval_reward/greedy", "eval_positive/score"):  # of 7 rows, one of which is repeated
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+
+
+UNSCORED = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from accelerate import PartialState
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
+from tests.retrieval.tiny_rankers import rows, static_encoder
+from tests.trainers.test_ranking import half_scored
+
+out, found = Path(sys.argv[1]), []
+for other in (0.0, None):
+    model = static_encoder().double()
+    start = [p.detach().clone() for p in model.parameters()]
+    args = RankingConfig(
+        output_dir=str(out), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1, optim="sgd",
+        learning_rate=0.1, max_grad_norm=0.0, warmup_steps=0, k=3, logging_steps=1, save_strategy="no", use_cpu=True,
+        disable_tqdm=True, seed=3,
+    )
+    data = [{{"number": int(i in (0, 3)), **row}} for i, row in enumerate(rows(4, documents=5))]
+    trainer = RankingTrainer(model=model, args=args, train_dataset=data, reward_fn=half_scored(other))
+    trainer.train()
+    moved = sum(float((p - q).abs().sum()) for p, q in zip(model.parameters(), start))
+    found.append({{"moved": moved, **trainer.state.log_history[0]}})
+if PartialState().is_main_process:
+    json.dump(found, open(out / "result.json", "w"))
+PartialState().destroy_process_group()
+"""
+
+
+def test_two_processes_leave_unscored_queries_out_of_the_mean_of_both(tmp_path):
+    from pathlib import Path
+
+    script = UNSCORED.format(root=str(Path(__file__).resolve().parents[2]))
+    run_script(script, tmp_path, tmp_path, processes=2, first_port=30100)
+    zero, none = json.loads((tmp_path / "result.json").read_text())
+    assert zero["moved"] > 1e-4
+    for name in ("moved", "loss", "grad_norm"):
+        assert none[name] == pytest.approx(2 * zero[name], rel=1e-5), name
+    assert none["queries/unscored"] == 0.5
 
 
 @pytest.mark.parametrize("given", [None, {"query": "w9 w8 ", "document": "w7 "}])
@@ -486,6 +645,25 @@ def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, cap
     assert len(trainer.train_dataset) == 2
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_distillation_reads_no_gains_and_keeps_rows_without_a_relevant_document(tmp_path, streamed):
+    data = [{**row, "gains": [0.0] * 4, "teacher_scores": [1.0, 2.0, 3.0, 4.0]} for row in rows(4, documents=4)]
+    for given in (data, [{k: v for k, v in row.items() if k != "gains"} for row in data]):
+        given = IterableDataset.from_generator(lambda given=given: iter(given)) if streamed else given
+        trainer = train(static_encoder(), tmp_path, data=given, loss_type="kl_distill", max_steps=1)
+        assert trainer.state.log_history[0]["queries/skipped"] == 0
+        assert trainer.state.log_history[0]["loss"] > 0
+        assert [row["row"] for row in trainer.train_dataset] == [0, 1, 2, 3]
+
+
+def test_margins_need_a_relevant_document(tmp_path, caplog):
+    data = [{**row, "teacher_scores": [1.0, 2.0, 3.0, 4.0]} for row in broken(gains=[0.0] * 4)]
+    args = config(tmp_path, loss_type="margin_mse", k=None)
+    trainer = RankingTrainer(model=static_encoder(), args=args, train_dataset=data)
+    assert "train: 1 of 3 queries have no relevant document and are left out" in caplog.text
+    assert len(trainer.train_dataset) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -508,6 +686,25 @@ def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, cap
 def test_settings_are_refused_when_they_are_made(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_a_causal_lm_refuses_queries_that_push_their_documents_out(tmp_path):
+    """A set before any weight moves; a stream, and a set to evaluate, where the row is reached."""
+    from negtune.retrieval.rankers import causal_reranker
+
+    model = causal_reranker("tiny", yes="a", no="b", max_length=128)
+    made = [{"query": q, "documents": ["one", "two", "three"], "gains": [1.0, 0.0, 0.0]} for q in ("q", "long " * 99)]
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="train row 1: its query of .* leaves no room for a document in 128 tokens"):
+        RankingTrainer(model=model, args=args, train_dataset=made)
+    with pytest.raises(ValueError, match="eval row 1: its query of .* leaves no room"):
+        RankingTrainer(model=model, args=args, train_dataset=made[:1], eval_dataset=made)
+    trainer = RankingTrainer(model=model, args=args, train_dataset=made[:1])
+    with pytest.raises(ValueError, match="row 1: its query of .* leaves no room"):
+        trainer.evaluate(made)
+    stream = IterableDataset.from_generator(lambda: iter(made[::-1]))
+    with pytest.raises(ValueError, match="row 0: its query of .* leaves no room"):
+        RankingTrainer(model=model, args=args, train_dataset=stream).train()
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):

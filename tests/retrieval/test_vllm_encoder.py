@@ -59,9 +59,10 @@ def no_engine(monkeypatch):
 
 
 def save_decoder(folder, base):
-    """An encoder of a language model, its vectors of any length."""
+    """An encoder of a language model, its vectors not normalised and the first 40 places of them."""
     causal_encoder(base, prompts=PROMPTS, max_length=24).save_pretrained(str(folder), create_model_card=False)
     change(folder / "modules.json", lambda modules: modules[:2])
+    change(folder / "config_sentence_transformers.json", lambda saved: saved | {"truncate_dim": 40})
     return folder
 
 
@@ -166,6 +167,7 @@ def test_a_decoder_gives_the_last_state_and_leaves_random_numbers_and_other_engi
     assert (ours.prompts, ours.max_length) == (PROMPTS, 24)
     for side in SIDES:
         vectors = assert_same(ours, theirs, side, atol=1e-3 if base == "smollm2" else 1e-5)
+        assert vectors.shape[1] == 40
         assert vectors.norm(dim=1).min() > 2
     with pytest.raises(ValueError, match=r"text 1 \(from 0\) has no token"):
         ours.encode(["x", ""])
@@ -262,6 +264,7 @@ def test_older_folders_are_read_as_sentence_transformers_reads_them(monkeypatch,
     monkeypatch.setattr(vllm_encoder, "leave_others_alone", lambda llm: None)
     folder = save_tiny_encoder(tmp_path / "bi", hidden=64)
     (folder / "0_Transformer").mkdir()
+    change(folder / "tokenizer.json", lambda saved: saved | {"normalizer": saved["normalizer"] | {"lowercase": False}})
     for path in [*folder.glob("*token*.json"), folder / "config.json", folder / "model.safetensors"]:
         path.rename(folder / "0_Transformer" / path.name)
     (folder / "sentence_bert_config.json").unlink()

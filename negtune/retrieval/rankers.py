@@ -12,7 +12,6 @@ from typing import Any
 from negtune.data.completions import RowError
 from negtune.models.load import BUILT_IN, resolve
 from negtune.retrieval.encoder import load_encoder, refuse_pickles
-from negtune.retrieval.losses import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +146,8 @@ def _breakable(tokenizer: Any, written: str) -> list[str]:
 
 def query_room(model: Any) -> QueryRoom | None:
     """What checks queries of a causal LM, before and behind saving; None for other models, which cut both texts."""
+    from negtune.retrieval.losses import kind_of
+
     if kind_of(model) != "cross_encoder" or getattr(model[0], "transformer_task", None) != "text-generation":
         return None
     return None if model.max_seq_length is None else QueryRoom(model)

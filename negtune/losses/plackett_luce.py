@@ -275,6 +275,7 @@ class _Earned:
         greedy: policy `[Q D]` to what its ranking by score earns `[Q]`.
         places: what each place adds `[N Q k]`.
         weights, units: of an additive metric: w `[k]` and rho `[Q D]`, so that a document adds w_j rho_d at place j.
+        placed: rho of the document at each place `[N Q k]`.
     """
 
     rewards: Tensor
@@ -282,6 +283,7 @@ class _Earned:
     places: Tensor | None = None
     weights: Tensor | None = None
     units: Tensor | None = None
+    placed: Tensor | None = None
 
 
 def _by_metric(drawn: _Drawn, gains: Tensor, ideal_gains: Tensor | None, metric: str, gain: str) -> _Earned:
@@ -289,16 +291,18 @@ def _by_metric(drawn: _Drawn, gains: Tensor, ideal_gains: Tensor | None, metric:
     gains = _gains(gains, mask, gain).to(drawn.dtype)
     judged = gains if ideal_gains is None else _gains(ideal_gains, torch.ones_like(ideal_gains).bool(), gain)
     ideal = ideal_value(judged.to(drawn.dtype), metric, k)
-    places = place_rewards(gains.expand_as(drawn.unplaced).gather(-1, drawn.rankings), metric, ideal)
 
     def greedy(policy: Tensor) -> Tensor:
         return greedy_reward(policy, gains, mask, metric, ideal, k)
 
     if metric not in ADDITIVE:
+        places = place_rewards(gains.expand_as(drawn.unplaced).gather(-1, drawn.rankings), metric, ideal)
         return _Earned(places.sum(-1), greedy, places)
     weights = place_rewards(gains.new_ones(1, k), metric, gains.new_ones(1))[0]
     units = place_rewards(gains.T.unsqueeze(-1), metric, ideal).squeeze(-1).T
-    return _Earned(places.sum(-1), greedy, places, weights, units)
+    placed = units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
+    places = placed * weights
+    return _Earned(places.sum(-1), greedy, places, weights, units, placed)
 
 
 def _by_function(drawn: _Drawn, reward_fn: RewardFunction) -> _Earned:
@@ -342,12 +346,11 @@ def _pl_rank(drawn: _Drawn, earned: _Earned) -> _Samples:
 
     sum_{j=m+1..k} w_j rho_{r_j} + sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i rho_m - sum_{j=i..k} w_j rho_{r_j})
     """
-    assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
+    assert earned.places is not None and earned.weights is not None and earned.placed is not None  # noqa: PT018
     to_go = drawn.to_go(earned.places)
     gained_placed, gained = drawn.shares(earned.weights.expand_as(to_go))
     lost_placed, lost = drawn.shares(to_go)
-    placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
-    return _Samples(to_go - earned.places + placed_units * gained_placed - lost_placed, lost, gained)
+    return _Samples(to_go - earned.places + earned.placed * gained_placed - lost_placed, lost, gained)
 
 
 def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> _Samples:
@@ -357,15 +360,15 @@ def _pl_rank_loo(drawn: _Drawn, earned: _Earned) -> _Samples:
     sum_{i=1..min(m,k)} (e^{s_m}/Z_i) (w_i (rho_m - mu_i) - A_{i+1}) + A_{m+1}, where mu_i is the mean of rho over what
     is left at place i, weighted by e^s, and A_{i+1} what is earned behind place i minus the mean of the other samples.
     """
-    assert earned.places is not None and earned.weights is not None and earned.units is not None  # noqa: PT018
+    assert earned.places is not None and earned.weights is not None and earned.placed is not None  # noqa: PT018
+    assert earned.units is not None
     advantages = _minus_others(drawn.to_go(earned.places) - earned.places)
-    placed_units = earned.units.expand_as(drawn.unplaced).gather(-1, drawn.rankings)
     unplaced = (drawn.unplaced.transpose(0, 1) @ earned.units.unsqueeze(-1)).transpose(0, 1)  # e^s rho, added up
-    left = drawn.to_go(drawn.placed * placed_units) + unplaced
+    left = drawn.to_go(drawn.placed * earned.placed) + unplaced
     means = left / drawn.rest
     gained_placed, gained = drawn.shares(earned.weights.expand_as(means))
     lost_placed, lost = drawn.shares(earned.weights * means + advantages)
-    return _Samples(placed_units * gained_placed - lost_placed + advantages, lost, gained)
+    return _Samples(earned.placed * gained_placed - lost_placed + advantages, lost, gained)
 
 
 # --- Checks and small things ------------------------------------------------------------------------------------------

@@ -350,6 +350,26 @@ def test_in_batch_the_documents_of_others_are_candidates_without_gain(tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+def test_in_batch_documents_that_are_padding_everywhere_are_no_candidates(tmp_path):
+    model = bi_encoder(tmp_path / "model").eval()
+    loss = RankingLoss(model, "infonce", in_batch=True, scale=5.0)
+    labels = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0]])  # the second column is padding
+
+    def of(padding):
+        texts = [["w1", "w2"], ["w3", "w4"], padding, ["w5", "w6"]]
+        return loss([model.preprocess(column) for column in texts], labels)
+
+    torch.testing.assert_close(of(["w7", "w8"]), of(["w3", "w4 w9"]), rtol=0, atol=0)
+
+
+def test_what_an_objective_says_of_a_list_that_does_not_count_is_not_read():
+    model = static_encoder()
+    made = rows(2, documents=4)
+    made[0]["gains"] = [0.0] * 4
+    loss = RankingLoss(model, objective=lambda scores, gains, mask: torch.tensor([1e6, 3.0]) + 0 * scores.sum(-1))
+    assert gradients(model, loss, made)[0].item() == 3
+
+
 def test_queries_without_a_relevant_document_are_skipped_and_counted(tmp_path):
     model = bi_encoder(tmp_path / "model")
     made = rows(3, documents=4)

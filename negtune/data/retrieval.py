@@ -129,7 +129,10 @@ def split_queries(task: RetrievalTask, share: float, seed: int = 0) -> tuple[Ret
     while groups and len(second) < wanted:
         second += groups.pop()
     if not second or not groups:
-        raise ValueError(f"share={share} of {len(task.queries)} queries leaves one part empty; choose 0 < share < 1")
+        raise ValueError(
+            f"share={share} of {len(task.queries)} queries leaves one part empty; splitting takes at least two queries "
+            "of different texts, and 0 < share < 1"
+        )
     return task.only(query_id for group in groups for query_id in group), task.only(second)
 
 

@@ -161,7 +161,7 @@ class QueryRoom:
 
     def __init__(self, model: Any) -> None:
         self.model, self.limit, self.prompt, self.told = model, model.max_seq_length, 0, False
-        self.prompt = self._tokens("")
+        self.prompt = self._tokens("?") - 1  # a template may have no token of its own, and the host wants one
 
     def __call__(self, rows: Iterable[Mapping[str, Any]], name: str = "") -> None:
         """Check `query` of rows of `data.candidates`.

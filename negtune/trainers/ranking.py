@@ -385,11 +385,24 @@ def as_searched(model: Any, args: RankingConfig) -> None:
     if kind_of(model) == "cross_encoder":
         if not isinstance(args.prompts, str):
             raise ValueError(f"prompts of a cross-encoder must be one text for the pair, got {args.prompts!r}")
+        _refuse_unread(model, args.prompts)
         model.prompts, model.default_prompt_name = {**(model.prompts or {}), "pair": args.prompts}, "pair"
         return
     if not isinstance(args.prompts, Mapping) or not set(args.prompts) <= {"query", "document"}:
         raise ValueError(f"prompts must be a mapping with query, document or both, got {args.prompts!r}")
     model.prompts = {**(model.prompts or {}), **args.prompts}
+
+
+def _refuse_unread(model: Any, prompt: str) -> None:
+    """The prompt of a causal LM is a system message, which a chat template may leave out."""
+    pair = [("query", "document")]
+    if getattr(model[0], "transformer_task", None) == "text-generation" and torch.equal(
+        model.preprocess(pair, prompt=prompt)["input_ids"], model.preprocess(pair)["input_ids"]
+    ):
+        raise ValueError(
+            "the chat template of this causal LM does not read prompts; make the model with causal_reranker(..., "
+            "instruction=...), and leave prompts out"
+        )
 
 
 def prompts_of(model: Any, kind: str) -> dict[str, str] | str | None:

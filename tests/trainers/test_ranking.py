@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,18 @@ from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from tests.launching import run_script
 from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
 
+ROOT = str(Path(__file__).resolve().parents[2])
+
 
 def config(folder, **settings):
     fixed = {"per_device_train_batch_size": 8, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "k": 3}
     return RankingConfig(output_dir=str(folder), **{**fixed, "logging_steps": 1, "seed": 1, **settings})
+
+
+def of_two_processes(script, folder, first_port):
+    """What a script with a place for `root` writes to result.json."""
+    run_script(script.format(root=ROOT), folder, folder, processes=2, first_port=first_port)
+    return json.loads((folder / "result.json").read_text())
 
 
 def train(model, folder, data=None, held_out=None, peft_config=None, reward_fn=None, objective=None, **settings):
@@ -309,11 +318,7 @@ PartialState().destroy_process_group()
 
 
 def test_queries_that_fill_no_round_of_two_processes_are_counted_or_refused(tmp_path):
-    from pathlib import Path
-
-    script = FEW.format(root=str(Path(__file__).resolve().parents[2]))
-    run_script(script, tmp_path, tmp_path, processes=2, first_port=30300)
-    too_few, too_few_streamed, steps = json.loads((tmp_path / "result.json").read_text())
+    too_few, too_few_streamed, steps = of_two_processes(FEW, tmp_path, first_port=30300)
     assert too_few.startswith("3 train queries are no full round of batches, 4 (processes x per_device_train_batch")
     assert too_few_streamed.startswith("nothing is left of the train stream")
     assert steps == 2
@@ -390,14 +395,11 @@ PartialState().destroy_process_group()
     ("kind", "cached"), [("bi", "plain"), pytest.param("lora", "cached", marks=needs_adapters), ("cross", "cached")]
 )
 def test_two_processes_train_like_one(tmp_path, kind, cached):
-    from pathlib import Path
-
-    root = str(Path(__file__).resolve().parents[2])
     found = []
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / str(processes)
         out.mkdir()
-        script = SCRIPT.format(root=root)
+        script = SCRIPT.format(root=ROOT)
         run_script(script, tmp_path, out, batch, kind, cached, processes=processes, first_port=29900)
         found.append(json.loads((out / "result.json").read_text()))
     one, two = found
@@ -442,11 +444,7 @@ PartialState().destroy_process_group()
 
 
 def test_two_processes_leave_unscored_queries_out_of_the_mean_of_both(tmp_path):
-    from pathlib import Path
-
-    script = UNSCORED.format(root=str(Path(__file__).resolve().parents[2]))
-    run_script(script, tmp_path, tmp_path, processes=2, first_port=30100)
-    zero, none = json.loads((tmp_path / "result.json").read_text())
+    zero, none = of_two_processes(UNSCORED, tmp_path, first_port=30100)
     assert zero["moved"] > 1e-4
     for name in ("moved", "loss", "grad_norm"):
         assert none[name] == pytest.approx(2 * zero[name], rel=1e-5), name
@@ -477,6 +475,21 @@ def test_a_limit_of_tokens_is_written_into_the_model(tmp_path):
     trainer = RankingTrainer(model=model, args=config(tmp_path / "run", max_length=4), train_dataset=rows(3))
     assert trainer.model.max_seq_length == 4
     assert trainer.collate(rows(2))["features"][1]["input_ids"].shape[1] == 4
+
+
+def test_prompts_that_a_chat_template_leaves_out_are_refused(tmp_path):
+    from negtune.retrieval.rankers import causal_reranker
+
+    model = causal_reranker("tiny", yes="a", no="b", max_length=128)
+    with pytest.raises(ValueError, match=r"does not read prompts; make the model with causal_reranker\(..., instruct"):
+        train(model, tmp_path, prompts="Judge: ")
+    # one that reads them
+    tokenizer = model[0].tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    )
+    trainer = train(model, tmp_path, prompts="Judge: ")
+    assert trainer.model.prompts["pair"] == "Judge: "
 
 
 @pytest.mark.parametrize("kind", [bi_encoder, cross_encoder])

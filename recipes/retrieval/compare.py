@@ -66,7 +66,7 @@ parser.add_argument("--warm_steps", type=int, help="of InfoNCE before all arms; 
 parser.add_argument("--warm_rate", type=float, help="its learning rate; instead of the file's")
 parser.add_argument("--test_queries", type=int, help="at most so many are measured; instead of the file's")
 parser.add_argument("--max_length", type=int, help="tokens of a text; instead of the file's")
-parser.add_argument("--baseline", default="InfoNCE, mined + in batch", help="arm that the others are tested against")
+parser.add_argument("--baseline", help="arm that the others are tested against; by default the first")
 parser.add_argument("--curve", type=int, help="steps between two measurements of confirmed runs; drawn in curves.png")
 parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
 parser.add_argument("--smoke", action="store_true")
@@ -373,6 +373,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     grid = read_grid(args)
+    baseline = args.baseline or next(iter(grid.arms))
+    if baseline not in (DO_NOTHING, *grid.arms):
+        raise ValueError(f"--baseline {baseline!r} is no arm; choose {DO_NOTHING!r} or one of {list(grid.arms)}")
     task = Task(grid, args.output_dir, args.curve)
     arms = [
         Arm(name, partial(task.trained, name), tuple(arm.get("rates", grid.rates)), arm, grid.options)
@@ -388,7 +391,6 @@ def main() -> None:
         settings=grid.deciding(),
         workers=args.workers,
     )
-    baseline = args.baseline if args.baseline in found.arms else DO_NOTHING
     text = f"# {grid.encoder} on {Path(grid.data or 'made-up data').name}\n\n{found.markdown()}\n\n"
     text += tests(found, args.output_dir, baseline)
     (args.output_dir / "compare.md").write_text(text)

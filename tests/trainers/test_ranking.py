@@ -213,6 +213,22 @@ def test_an_objective_of_ones_own(tmp_path):
     )
 
 
+def test_what_was_unscored_outside_of_a_step_is_not_counted_in_it(tmp_path):
+    """A loss that a callback computes before the step, say to watch a query."""
+    data = [{"number": i, **row} for i, row in enumerate(rows(8, documents=5))]
+    found = []
+    for looked in (False, True):
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "warmup_steps": 0}
+        args, reward = config(tmp_path / "run", **settings), half_scored(None)
+        trainer = RankingTrainer(model=static_encoder(), args=args, train_dataset=data, reward_fn=reward)
+        if looked:
+            trainer.compute_loss(trainer.model, trainer.collate([trainer.train_dataset[1]]))
+        torch.manual_seed(0)
+        trainer.train()
+        found.append(trainer)
+    assert_close(*found, atol=0, rtol=0)
+
+
 # --- Invariance -------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ EMBEDDINGS_FILE, IDS_FILE = "embeddings.safetensors", "index.json"
 QUERY_BLOCK = 1024
 FEWEST_ROWS = 64  # below about this many rows BLAS takes another kernel, whose sums round otherwise
 READ_BYTES = 64 * 2**20
+CHECKED_BYTES = 4 * 2**20
 INSTALL = "pip install 'negtune[retrieval]'"
 
 Hits = tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]
@@ -48,8 +49,12 @@ class ExactIndex:
     def __init__(self, embeddings: Tensor | np.ndarray, ids: Sequence[str], similarity: str = "dot") -> None:
         self.ids, self.similarity, self._embeddings = _checked_ids(embeddings, ids, similarity), similarity, embeddings
         self._positions = {document_id: i for i, document_id in enumerate(self.ids)}
-        norms = [_finite(block, self.ids[start:]).norm(dim=1) for start, block in self._blocks(READ_BYTES)]
-        self._scale = _inverse(torch.cat(norms)) if similarity == "cosine" else None
+        # in place: small results kept between large blocks leave holes in the heap, 400 MB at a million documents
+        self._scale = torch.empty(len(self), device=self._device) if similarity == "cosine" else None
+        for start, block in self._blocks(CHECKED_BYTES):
+            _finite(block, self.ids, start)
+            if self._scale is not None:
+                self._scale[start : start + len(block)] = _inverse(block.norm(dim=1))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,7 +180,7 @@ class FaissIndex:
         self._index = faiss.IndexFlatIP(embeddings.shape[1])
         rows = max(1, READ_BYTES // max(1, 4 * embeddings.shape[1]))
         for start in range(0, len(self.ids), rows):
-            block = _finite(_as_tensor(embeddings[start : start + rows]).detach().float().cpu(), self.ids[start:])
+            block = _finite(_as_tensor(embeddings[start : start + rows]).detach().float().cpu(), self.ids, start)
             self._index.add(self._normalised(block))
 
     def __len__(self) -> int:
@@ -255,11 +260,12 @@ def _check_queries(queries: Tensor, k: int, exclude: Sequence[Any] | None, width
         raise ValueError(f"the vector of query {int(bad[0])} (from 0) is not finite; look at its text and the encoder")
 
 
-def _finite(block: Tensor, ids: Sequence[str]) -> Tensor:
+def _finite(block: Tensor, ids: Sequence[str], start: int) -> Tensor:
     bad = (~block.isfinite().all(1)).nonzero()
     if len(bad):
+        document = ids[start + int(bad[0])]
         raise ValueError(
-            f"the vector of document {ids[int(bad[0])]} is not finite; encode it again, or drop it from the corpus"
+            f"the vector of document {document} is not finite; encode it again, or drop it from the corpus"
         )
     return block
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from negtune.retrieval import index as index_module
 from negtune.retrieval.index import ExactIndex, FaissIndex
+from tests.launching import run_script
 
+ROOT = str(Path(__file__).resolve().parents[2])
 SIZES = (1, 3_000, 10_000, 2**30)  # bytes: blocks of 64 documents, of a few more, and one block
 
 
@@ -143,6 +146,34 @@ def test_memory_mapped_and_half_precision_vectors_are_searched_in_float32(tmp_pa
         assert scores.dtype == torch.float32
         assert torch.equal(scores, expected[0])
         assert torch.equal(positions, expected[1])
+
+
+MAKING = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from negtune.retrieval.index import ExactIndex
+
+def private_mib():
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1024
+
+np.lib.format.open_memmap("vectors.npy", "w+", np.float32, (200_000, 384)).flush()
+vectors, ids = np.load("vectors.npy", mmap_mode="r"), [str(i) for i in range(200_000)]
+before = private_mib()
+index = ExactIndex(vectors, ids, "cosine")
+grown = private_mib() - before
+assert grown < 75, f"{{grown}} MiB"
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process as Linux has it"
+)
+def test_an_index_holds_its_ids_and_little_more(tmp_path):
+    """Of 293 MiB of mapped vectors nothing stays: 30 MiB for the ids' places, 150 while blocks left holes behind."""
+    run_script(MAKING.format(root=ROOT), tmp_path, processes=1)
 
 
 def test_a_saved_index_is_the_same_when_read(tmp_path):

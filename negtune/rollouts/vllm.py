@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from negtune.models.policy import is_peft
 from negtune.models.structure import causal_lm, unwrapped
-from negtune.models.vllm_engine import emptied_on_error, start_engine
+from negtune.models.vllm_engine import emptied_on_error, leave_others_alone, start_engine
 from negtune.rollouts.adapters import lora_rank, refuse_unservable, save_adapter
 from negtune.rollouts.attest import served_weights_hash
 from negtune.rollouts.sampler import (
@@ -85,6 +85,8 @@ class VLLMSampler(Sampler):
             PartialState(cpu=not torch.cuda.is_available())
         self.llm = start_engine(**arguments)
         self._in_this_process = _in_this_process(arguments)
+        if self._in_this_process:
+            leave_others_alone(self.llm)
         if is_peft(model) and not torch.cuda.is_available():
             self.llm.collective_rpc("multiply_by_one_adapter")
         self.update(model, policy)

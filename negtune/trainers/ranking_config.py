@@ -117,7 +117,9 @@ class RankingConfig(BaseTrainingArguments):
 
     @property
     def places(self) -> int | None:
-        """Places that count, of objectives with a cut-off."""
+        """Places that every list must have, of objectives with a cut-off; over the batch lists are long enough."""
+        if self.in_batch:
+            return None
         given = self.objective_settings().get("k")
         parameter = inspect.signature(RANKING_LOSSES[self.loss_type]).parameters.get("k")
         return parameter.default if given is None and parameter is not None else given

@@ -198,6 +198,15 @@ def read_grid(args: argparse.Namespace) -> Grid:
     return replace(grid, **small)
 
 
+def check_arms(grid: Grid, folder: Path) -> None:
+    """Refuse before the first run what an arm's own run would refuse after hours of the others'."""
+    for name in grid.arms:
+        config = grid.config(name, grid.rates[0], grid.sweep_seed, folder, **grid.options[0])
+        places = getattr(config, "places", None)
+        if places is not None and places > grid.n_documents:
+            raise ValueError(f"arm {name!r}: k={places} is larger than n_documents={grid.n_documents}; lower k")
+
+
 class Task:
     """What all runs share, made once in each process."""
 
@@ -376,6 +385,7 @@ def main() -> None:
     baseline = args.baseline or next(iter(grid.arms))
     if baseline not in (DO_NOTHING, *grid.arms):
         raise ValueError(f"--baseline {baseline!r} is no arm; choose {DO_NOTHING!r} or one of {list(grid.arms)}")
+    check_arms(grid, args.output_dir)
     task = Task(grid, args.output_dir, args.curve)
     arms = [
         Arm(name, partial(task.trained, name), tuple(arm.get("rates", grid.rates)), arm, grid.options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,23 @@ def test_the_comparison_goes_on_where_it_was_stopped_and_tests_over_queries(tmp_
     assert again.returncode == 0, again.stderr[-3000:]
     repeated = [{k: v for k, v in run.items() if k != "seconds"} for run in read_jsonl(tmp_path / "runs.jsonl")]
     assert repeated == [{k: v for k, v in run.items() if k != "seconds"} for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("{trainer: ranking, k: 30}", "arm 'last': k=30 is larger than n_documents=10"),
+        ("{trainer: ranking, estimator: pl_rank, metric: mrr}", "arm 'last': .*use rtg_loo"),
+        ("{trainer: mnrl, k: 3}", "arm 'last': mnrl has no setting 'k'"),
+    ],
+)
+def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm, message):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(COMPARE.with_suffix(".yaml").read_text() + f"  last: {arm}\n")
+    done = compare(tmp_path / "out", "--smoke", "--grid", str(grid))
+    assert done.returncode == 1
+    assert re.search(message, done.stderr.splitlines()[-1])
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -667,6 +667,11 @@ def test_rows_are_refused_before_any_weight_moves(tmp_path, data, message):
         RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=data).train()
 
 
+def test_over_the_batch_more_places_count_than_a_list_has(tmp_path):
+    trainer = train(static_encoder(), tmp_path, data=rows(8, documents=3), k=5, in_batch=True, max_steps=1)
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
 def test_rows_without_a_relevant_document_are_left_out_and_counted(tmp_path, caplog):
     data = broken(gains=[0.0] * 4)
     trainer = RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=data)

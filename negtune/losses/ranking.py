@@ -109,9 +109,9 @@ def infonce(
 
     Reduction: mean over queries. https://arxiv.org/abs/1807.03748, equation 4
     """
-    _refuse_not_positive(temperature=temperature)
+    refuse_not_positive(temperature=temperature)
     scores = at_least_float32(scores) / temperature
-    relevant, irrelevant = _sides(gains, mask)
+    relevant, irrelevant = sides(gains, mask)
     negatives = without_padding(scores, irrelevant).logsumexp(-1, keepdim=True)
     losses = F.softplus(negatives - scores.masked_fill(~mask, 0.0))
     both = relevant & irrelevant.any(-1, keepdim=True)
@@ -136,10 +136,10 @@ def list_mle(
 
     Reduction: mean over queries of sums over places. https://dl.acm.org/doi/10.1145/1390156.1390306
     """
-    _refuse_not_positive(temperature=temperature, k=1 if k is None else k)
+    refuse_not_positive(temperature=temperature, k=1 if k is None else k)
     best = rank_documents(at_least_float32(gains), mask)
     logps = plackett_luce_logps(at_least_float32(scores) / temperature, best, mask, k=k)
-    return -logps.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
+    return -logps.masked_fill(~sides(gains, mask)[0].any(-1), 0.0)
 
 
 def p_list_mle(
@@ -151,14 +151,14 @@ def p_list_mle(
 
     Reduction: mean over queries of weighted means over places. https://auai.org/uai2014/proceedings/individuals/164.pdf
     """
-    _refuse_not_positive(temperature=temperature)
+    refuse_not_positive(temperature=temperature)
     best = rank_documents(at_least_float32(gains), mask)
     logps = place_logps(at_least_float32(scores) / temperature, best, mask)
     places = torch.arange(1, scores.shape[-1] + 1, device=logps.device, dtype=logps.dtype)
     weights = torch.exp2(-places) - torch.exp2(-mask.sum(-1, keepdim=True).to(logps.dtype))
     weights = weights.masked_fill(~mask.gather(-1, best), 0.0)
     losses = -(logps * weights).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(logps.dtype).tiny)
-    return losses.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
+    return losses.masked_fill(~sides(gains, mask)[0].any(-1), 0.0)
 
 
 def list_net(
@@ -177,11 +177,11 @@ def list_net(
 
     Reduction: mean over queries. https://dl.acm.org/doi/10.1145/1273496.1273513
     """
-    _refuse_not_positive(temperature=temperature, gain_temperature=gain_temperature)
+    refuse_not_positive(temperature=temperature, gain_temperature=gain_temperature)
     target = without_padding(at_least_float32(gains) / gain_temperature, mask).softmax(-1)
     logps = without_padding(at_least_float32(scores) / temperature, mask).log_softmax(-1)
     losses = -(target * logps).masked_fill(~mask, 0.0).sum(-1)
-    return losses.masked_fill(~_sides(gains, mask)[0].any(-1), 0.0)
+    return losses.masked_fill(~sides(gains, mask)[0].any(-1), 0.0)
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def rank_net(
 
     Reduction: mean over queries of means over pairs. https://icml.cc/Conferences/2015/wp-content/uploads/2015/06/icml_ranking.pdf
     """
-    _refuse_not_positive(temperature=temperature)
-    losses, pairs = _pair_losses(at_least_float32(scores) / temperature, gains, mask)
+    refuse_not_positive(temperature=temperature)
+    losses, pairs = pair_losses(at_least_float32(scores) / temperature, gains, mask)
     return losses.masked_fill(~pairs, 0.0).sum((-1, -2)) / pairs.sum((-1, -2)).clamp(min=1)
 
 
@@ -225,43 +225,31 @@ def lambda_rank(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}")
-    if gain not in ("linear", "exponential"):
-        raise ValueError(f"gain must be linear or exponential, got {gain!r}")
-    _refuse_not_positive(temperature=temperature, k=1 if k is None else k)
+    refuse_not_positive(temperature=temperature, k=1 if k is None else k)
+    refuse_unknown_gain(gain)
     scores = at_least_float32(scores) / temperature
     with torch.no_grad():
         weights = _pair_weights(scores, gains, mask, k or scores.shape[-1], scheme, mu, gain, ideal_gains)
-    losses, pairs = _pair_losses(scores, gains, mask)
+    losses, pairs = pair_losses(scores, gains, mask)
     return (losses * weights).masked_fill(~pairs, 0.0).sum((-1, -2))
-
-
-def _pair_losses(scores: Tensor, gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """softplus(s_j - s_i) and whether i is to be above j, both [Q D D]."""
-    scores = scores.masked_fill(~mask, 0.0)
-    pairs = (gains.unsqueeze(-1) > gains.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    return F.softplus(scores.unsqueeze(-2) - scores.unsqueeze(-1)), pairs & (gains > 0).unsqueeze(-1)
 
 
 def _pair_weights(scores, gains, mask, k, scheme, mu, gain, ideal_gains) -> Tensor:
     """[Q D D]."""
     gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
-    ranks = rank_documents(scores, mask, gains, "worst").argsort(-1) + 1
+    ranks = ranks_by_score(scores, gains, mask)
     top = ranks <= k
     near = (top.unsqueeze(-1) | top.unsqueeze(-2)).to(gains.dtype)
     if scheme == "mrr":
-        return near * _apart(1 / ranks.to(gains.dtype))
-    judged = gains if ideal_gains is None else at_least_float32(ideal_gains).clamp(min=0)
-    if gain == "exponential":
-        gains, judged = exponential_gain(gains), exponential_gain(judged)
-    ideal = ideal_value(judged, "ndcg", k).clamp(min=torch.finfo(gains.dtype).tiny)
-    gained = gains / ideal.unsqueeze(-1)
+        return near * apart(1 / ranks.to(gains.dtype))
+    gained = shares_of_ideal(gains, k, gain, ideal_gains)
     if scheme == "ndcg1":
-        return near * (gained / _discount(ranks)).unsqueeze(-1)
-    exchanged = _apart(gained) * _apart(1 / _discount(ranks))
+        return near * (gained / discount(ranks)).unsqueeze(-1)
+    exchanged = apart(gained) * apart(1 / discount(ranks))
     if scheme == "lambda_rank":
         return near * exchanged
     distance = (ranks.unsqueeze(-1) - ranks.unsqueeze(-2)).abs().clamp(min=1)
-    tight = _apart(gained) * (1 / _discount(distance) - 1 / _discount(distance + 1))
+    tight = apart(gained) * (1 / discount(distance) - 1 / discount(distance + 1))
     return near * (tight if scheme == "ndcg2" else mu * tight + exchanged)
 
 
@@ -285,7 +273,7 @@ def margin_mse(
         at_least_float32(scores).masked_fill(~mask, 0.0),
         at_least_float32(teacher_scores).masked_fill(~mask, 0.0),
     )
-    relevant, irrelevant = _sides(gains, mask)
+    relevant, irrelevant = sides(gains, mask)
     pairs = relevant.unsqueeze(-1) & irrelevant.unsqueeze(-2)
     gap = (teacher - scores).unsqueeze(-1) - (teacher - scores).unsqueeze(-2)
     return gap.square().masked_fill(~pairs, 0.0).sum((-1, -2)) / pairs.sum((-1, -2)).clamp(min=1)
@@ -306,31 +294,59 @@ def kl_distill(
 
     Reduction: mean over queries. https://arxiv.org/abs/1503.02531
     """
-    _refuse_not_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    refuse_not_positive(temperature=temperature, teacher_temperature=teacher_temperature)
     target = without_padding(at_least_float32(teacher_scores) / teacher_temperature, mask).log_softmax(-1)
     logps = without_padding(at_least_float32(scores) / temperature, mask).log_softmax(-1)
     return (target.exp() * (target - logps)).masked_fill(~mask, 0.0).sum(-1)
 
 
-# --- Shared -----------------------------------------------------------------------------------------------------------
+# --- Shared, with `losses.hard_negatives` too -------------------------------------------------------------------------
 
 
-def _refuse_not_positive(**values: float | int) -> None:
+def refuse_not_positive(**values: float | int) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _sides(gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def refuse_unknown_gain(gain: str) -> None:
+    if gain not in ("linear", "exponential"):
+        raise ValueError(f"gain must be linear or exponential, got {gain!r}")
+
+
+def sides(gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Relevant and irrelevant documents, both [Q D]."""
     return (gains > 0) & mask, ~(gains > 0) & mask
 
 
-def _apart(values: Tensor) -> Tensor:
+def pair_losses(scores: Tensor, gains: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """softplus(s_j - s_i) and whether i is to be above j, both [Q D D]."""
+    scores = scores.masked_fill(~mask, 0.0)
+    pairs = (gains.unsqueeze(-1) > gains.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    return F.softplus(scores.unsqueeze(-2) - scores.unsqueeze(-1)), pairs & (gains > 0).unsqueeze(-1)
+
+
+def ranks_by_score(scores: Tensor, gains: Tensor, mask: Tensor) -> Tensor:
+    """Place of each document, from 1, [Q D]; equal scores in the worst order, padding last."""
+    return rank_documents(scores, mask, gains, "worst").argsort(-1) + 1
+
+
+def shares_of_ideal(gains: Tensor, k: int, gain: str, ideal_gains: Tensor | None) -> Tensor:
+    """Gain of each document over the ideal DCG of k places, [Q D]; `gains` are neither padding nor below 0."""
+    judged = gains if ideal_gains is None else at_least_float32(ideal_gains).clamp(min=0)
+    if gain == "exponential":
+        gains, judged = exponential_gain(gains), exponential_gain(judged)
+    ideal = ideal_value(judged, "ndcg", k).clamp(min=torch.finfo(gains.dtype).tiny)
+    return gains / ideal.unsqueeze(-1)
+
+
+def apart(values: Tensor) -> Tensor:
+    """|v_i - v_j|, [Q D D]."""
     return (values.unsqueeze(-1) - values.unsqueeze(-2)).abs()
 
 
-def _discount(ranks: Tensor) -> Tensor:
+def discount(ranks: Tensor) -> Tensor:
+    """What DCG divides by at a place: log2(1 + r)."""
     return torch.log2(1.0 + ranks)
 
 

@@ -4,6 +4,7 @@ pins them.
 - `CachedLossMixin`: GradCache in two passes with replayed random states; `embed_minibatch` and `calculate_loss` are
   ours. `RandContext`, `create_minibatch`: such a state, and a part of a batch.
 - `embed_columns`: like-wide columns in one forward pass.
+- `Module`, `Normalize`: a part of an encoder, and the one that throws the norm away.
 - `BaseTrainer`, `BaseTrainingArguments`, `BaseEvaluator`: what the trainers of its kinds of model share.
 """
 
@@ -33,6 +34,8 @@ from sentence_transformers.base.losses.gradcache import (
     has_static_embedding_input,
 )
 from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.base.modules import Module
+from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.multi_vector_encoder.model import MultiVectorEncoder
@@ -45,7 +48,9 @@ __all__ = [
     "BaseTrainer",
     "BaseTrainingArguments",
     "CachedLossMixin",
+    "Module",
     "MultiVectorEncoder",
+    "Normalize",
     "RandContext",
     "colbert_scores_pairwise",
     "create_minibatch",

@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Module
-from sentence_transformers.base.modules.normalize import Normalize
 from torch import Tensor, nn
 
-from negtune._st_compat import has_static_embedding_input
+from negtune._st_compat import Module, Normalize, has_static_embedding_input
 from negtune.losses.asymmetric import norm_ratio, norms
 from negtune.losses.ranking import infonce
 from negtune.records import read_json
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 PROBE_LENGTHS = (1, 8, 24)
 
@@ -77,6 +77,8 @@ def add_magnitude(model: SentenceTransformer) -> SentenceTransformer:
         raise ValueError(
             "a static embedding has no token embeddings to read a magnitude from; use a transformer encoder"
         )
+    from sentence_transformers import SentenceTransformer
+
     kept = [module for module in model if not isinstance(module, Normalize)]
     first = next(model.parameters())
     head = MagnitudeHead(model[0].get_embedding_dimension()).to(device=first.device, dtype=first.dtype)
@@ -94,6 +96,8 @@ def load_with_magnitude(folder: str | os.PathLike, *, device: str | None = None)
     Raises:
         ValueError: the folder holds code, or asks for it.
     """
+    from sentence_transformers import SentenceTransformer
+
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix == ".py" or (path.suffix == ".json" and '"auto_map"' in path.read_text(encoding="utf-8")):
             raise ValueError(f"{path} is code, or asks for it, which is not run; take it out of the folder")

@@ -144,13 +144,16 @@ def loss_part(args: argparse.Namespace) -> list[dict[str, Any]]:
 def alternately(jobs: dict[str, Callable[[], Any]], repeats: int, at_least: float = 0.0) -> dict[str, float]:
     """Median seconds of each job, all of them in turn, so that the machine's moods hit them alike.
 
-    A job is called as often in a row as fills `at_least` seconds: a short one would be timed with what the long one
-    before it left in the caches, and a long one warms its own.
+    A job is called as often in a row as fills `at_least` seconds, once it is warm: a short one would be timed with what
+    the long one before it left in the caches, and a long one warms its own.
     """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     calls = {}
     for name, job in jobs.items():
+        warm_until = time.perf_counter() + 10 * at_least
         job()
+        while time.perf_counter() < warm_until:
+            job()
         start = time.perf_counter()
         job()
         calls[name] = max(1, round(at_least / (time.perf_counter() - start)))

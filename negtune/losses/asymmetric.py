@@ -1,7 +1,11 @@
-"""Similarity with a direction: a part is contained in the whole, the whole is not contained in the part.
+"""Asymmetrical-similarity learning: how much a text holds is the norm of its vector, what it is about the direction.
 
-The direction of a vector says what a text is about, its length how much of it there is. Shapes: B pairs, Q queries, D
-documents, H width of a vector.
+A crop is a copy of the whole and the whole none of the crop, a quotation is in its source and the source not in it: no
+symmetric similarity can say so. Here the smaller is *contained* in the larger, and has the smaller norm.
+
+Shapes: B pairs, Q queries, D documents, H width, `*A` anything. Norms are float32 or wider and taken at a scale where
+squares neither over- nor underflow. A zero vector holds nothing: it has cosine 0 with everything, norms are compared as
+if its were the smallest normal number, and it takes no gradient.
 """
 
 from __future__ import annotations
@@ -9,72 +13,113 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from negtune.losses.ranking import refuse_not_positive
 from negtune.ops import at_least_float32
 
-SMALLEST_NORM = 1e-12
+LARGEST_RATIO = 1000.0
+"""exp(1 - 1000) is 0 in float64 too: nothing is lost where ratios end, and 0 times infinity does not come up."""
 
 
 def norm_ratio(
     larger: Float[Tensor, "B H"], smaller: Float[Tensor, "B H"], *, margin: float | None = None
 ) -> Float[Tensor, " B"]:
-    """Norm-ratio loss of asymmetrical-similarity learning: exp(1 - ||f_a||/||f_b||), a the view with more content.
+    """Norm-ratio loss of asymmetrical-similarity learning: exp(1 - |larger| / |smaller|).
 
-    The gradient is radial, -L/||f_b|| along f_a and +L ||f_a||/||f_b||^2 along f_b: it lengthens the larger, shortens
-    the smaller, turns neither, and so is orthogonal to that of any loss of their cosine. Its value is 1 at equal norms,
-    e at most, and never 0: the ratio grows for ever. With a `margin` it is [exp(1 - ratio) - exp(1 - margin)]_+, the
-    same gradient until the ratio reaches the margin, and none beyond.
+    The gradient is -L / |smaller| along the larger text's vector and +L |larger| / |smaller|^2 along the smaller's: the
+    norm of what is contained shrinks, that of what contains it grows, and neither changes its direction. So it is
+    orthogonal to the gradient of any loss of cosines, and scaling both vectors changes nothing.
 
     Args:
-        larger, smaller: not normalised.
-        margin: ratio of norms that is enough, above 0; 1.5, say.
+        larger, smaller: vectors *before* normalisation of the text that holds more, and of the one that is in it.
+        margin: ratio of the norms from which on a pair says nothing: max(0, exp(1 - ratio) - exp(1 - margin)). 1 asks
+            for the order alone, as `containment_filter` reads it. None, as published, pushes norms apart for ever,
+            ever less: the loss is 1 at equal norms, .37 at a ratio of 2, .02 at 5, and never above e.
 
     Reduction: mean over pairs. https://arxiv.org/abs/2205.12358
     """
-    losses = torch.exp(1 - norms(larger) / norms(smaller))
+    ratio = _log_ratio(vector_norm(larger), vector_norm(smaller)).clamp(max=math.log(LARGEST_RATIO)).exp()
+    losses = torch.exp(1 - ratio)
     if margin is None:
         return losses
-    refuse_not_positive(margin=margin)
-    return F.relu(losses - math.exp(1 - margin))
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin is a ratio of norms, positive and finite, got {margin}; for none leave it out")
+    return (losses - math.exp(1 - margin)).clamp(min=0)
 
 
 def asymmetric_similarity(
     queries: Float[Tensor, "Q H"], documents: Float[Tensor, "D H"], *, weight: float = 1.0
 ) -> Float[Tensor, "Q D"]:
-    """cos(q, d) + weight min(0, log ||d||/||q||): a document that holds less than the query is no copy of it.
+    """How far a query is in a document: cos(q, d) + weight * min(0, log(|d| / |q|)).
 
-    For one query the second term only puts small documents back, whatever they say: it shows where pairs of *different*
-    queries are compared or cut at a threshold, and between s(q, d) and s(d, q). weight -> infinity: `contains` with
-    ratio 1. A zero vector has cosine 0 with everything.
+    The published filter made soft: a document that holds less than the query loses in proportion to how much less, one
+    that holds more gains nothing. Scores of one pair the two ways round differ whenever its norms do.
 
-    https://arxiv.org/abs/2205.12358 has the hard filter only; this form is ours.
+    Without the min the norm of the query would be a constant of its ranking, and the rest a prior of the document: an
+    asymmetric score that no list of one query shows. Compare pairs of different queries by it, as micro-AP and
+    thresholds do.
+
+    Args:
+        queries, documents: vectors before normalisation.
+        weight: at least 0. 0 is the cosine; towards infinity it is the hard filter.
+
+    https://arxiv.org/abs/2205.12358
     """
-    cosines = _unit(queries) @ _unit(documents).T
-    logs = norms(documents).log() - norms(queries).log().unsqueeze(-1)
-    return cosines + weight * logs.clamp(max=0)
+    cosines = unit_vectors(queries) @ unit_vectors(documents).T
+    return containment_score(cosines, vector_norm(queries)[:, None], vector_norm(documents)[None, :], weight=weight)
 
 
-def contains(
+def containment_filter(
     queries: Float[Tensor, "Q H"], documents: Float[Tensor, "D H"], *, ratio: float = 1.0
 ) -> Bool[Tensor, "Q D"]:
-    """The published filter: ||q|| <= ratio ||d||, whether the document can hold the query.
+    """The filter as published: a pair is kept where |q| <= ratio |d|; the others are discarded whatever their cosine.
 
-    Of two texts with different norms it keeps one direction at ratio 1; above, both where norms are close.
+    Args:
+        queries, documents: vectors before normalisation.
+        ratio: 1 keeps one direction of each pair, both only where norms are equal. Choose it on held-out pairs: above 1
+            copies whose norms are a little off are kept too. At infinity all pairs are.
+
+    https://arxiv.org/abs/2205.12358
     """
-    refuse_not_positive(ratio=ratio)
-    return norms(queries).unsqueeze(-1) <= ratio * norms(documents)
+    return contained(vector_norm(queries)[:, None], vector_norm(documents)[None, :], ratio=ratio)
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Of length 1; zero vectors stay, and get no gradient."""
-    lengths = norms(vectors).unsqueeze(-1)
-    return at_least_float32(vectors) / lengths.masked_fill(lengths <= SMALLEST_NORM, torch.inf)
+def containment_score(
+    cosines: Float[Tensor, "*A"],
+    query_norms: Float[Tensor, "*#A"],
+    document_norms: Float[Tensor, "*#A"],
+    *,
+    weight: float,
+) -> Float[Tensor, "*A"]:
+    """`asymmetric_similarity` of pairs whose cosines and norms (`vector_norm`) are known."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be at least 0 and finite, got {weight}; for the hard filter take ratio")
+    return cosines + weight * _log_ratio(document_norms, query_norms).clamp(max=0)
 
 
-def norms(vectors: Float[Tensor, "B H"]) -> Float[Tensor, " B"]:
-    """Lengths in float32 or wider, at least 1e-12."""
-    return at_least_float32(vectors).norm(dim=-1).clamp(min=SMALLEST_NORM)
+def contained(
+    query_norms: Float[Tensor, "*#A"], document_norms: Float[Tensor, "*#A"], *, ratio: float
+) -> Bool[Tensor, "*A"]:
+    """`containment_filter` of pairs whose norms (`vector_norm`) are known."""
+    if not ratio > 0:
+        raise ValueError(f"ratio must be positive, got {ratio}")
+    return query_norms <= ratio * document_norms
+
+
+def vector_norm(vectors: Float[Tensor, "*A H"]) -> Float[Tensor, "*A"]:
+    """Euclidean norms, at least the smallest normal number; a zero vector takes no gradient."""
+    vectors = at_least_float32(vectors)
+    tiny = torch.finfo(vectors.dtype).tiny
+    scale = vectors.detach().abs().amax(-1, keepdim=True).clamp(min=tiny)
+    return (torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1)).clamp(min=tiny)
+
+
+def unit_vectors(vectors: Float[Tensor, "*A H"]) -> Float[Tensor, "*A H"]:
+    """Directions; a zero vector stays one and takes no gradient."""
+    zero = (vectors == 0).all(-1, keepdim=True)
+    return (at_least_float32(vectors) / vector_norm(vectors).unsqueeze(-1)).masked_fill(zero, 0.0)
+
+
+def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
+    return above.log() - below.log()

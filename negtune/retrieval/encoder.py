@@ -188,12 +188,14 @@ def _sentence_transformer_vectors(model: Any, texts: list[str], side: str, batch
 
 
 def _load(name: str, device: str | None, model_kwargs: Mapping[str, Any] | None) -> SentenceTransformer:
-    package = _sentence_transformers()
+    _sentence_transformers()
+    from negtune._st_compat import load_with_modules
+    from negtune.retrieval.asymmetric import MODULES
+
     refuse_pickles(Path(name))
+    settings = {"use_safetensors": True, **(model_kwargs or {})}
     try:
-        return package.SentenceTransformer(
-            name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True, **(model_kwargs or {})}
-        )
+        return load_with_modules(name, MODULES, device=device, trust_remote_code=False, model_kwargs=settings)
     except OSError as error:
         raise ModelError(not_loadable(name, error)) from None
 

@@ -313,6 +313,39 @@ def test_transformers_have_no_static_embedding(tmp_path):
 
 
 @needs_sentence_transformers
+def test_a_module_of_ours_is_loaded_by_its_class_and_others_still_ask_for_trust(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from negtune._st_compat import Module, Normalize, load_with_modules
+    from tests.retrieval.tiny_rankers import static_encoder
+
+    class Ours(Module):
+        config_keys = ["size"]
+
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
+        def forward(self, features):
+            return features
+
+        def save(self, output_path, *args, safe_serialization=True, **kwargs):
+            self.save_config(output_path)
+
+    assert parameters(Module.load_config)[:2] == ["model_name_or_path", "subfolder"]
+    assert {"subfolder", "token", "cache_folder", "revision", "local_files_only", "model"} <= set(
+        parameters(Module.load_torch_weights)
+    )
+    assert Normalize().module_input_name == "sentence_embedding"
+    SentenceTransformer(modules=[static_encoder()[0], Ours(3)]).save_pretrained(str(tmp_path), create_model_card=False)
+    kind = f"{Ours.__module__}.Ours"
+    loaded = load_with_modules(str(tmp_path), {kind: Ours}, trust_remote_code=False)
+    assert (type(loaded[-1]), loaded[-1].size) == (Ours, 3)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_with_modules(str(tmp_path), {}, trust_remote_code=False)
+
+
+@needs_sentence_transformers
 def test_max_sim_of_pairs_leaves_out_what_is_masked():
     from negtune._st_compat import colbert_scores_pairwise
 

@@ -10,12 +10,14 @@ False where a gain of 0 stands for want of a judgement. No weight carries a grad
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from negtune.losses.ranking import refuse_not_positive, sides
+from negtune.losses.ranking import pair_losses, refuse_not_positive, sides
 from negtune.ops import at_least_float32
 
 CET_MODES = ("official", "posterior", "ratio", "ips")
@@ -50,6 +52,9 @@ def expected_gains(
 
     Any objective over lists can be trained on them: PG-Rank is then rewarded with the expected metric over what the
     labels leave open, LambdaRank weighs exchanges by it.
+
+    Take the logits from a model that was trained to them, by `em_relevance`: a ranker that is rewarded with its own
+    opinion confirms itself.
     """
     unknown = ~judged & (gains <= 0)
     return torch.where(unknown, hidden_relevance(relevance, selection), at_least_float32(gains))
@@ -64,10 +69,11 @@ def official_weights(other: Float[Tensor, "*A"], *, temperature: float = 10.0) -
 
     `other` is the logit of the other model: a negative that was probably selected is a trustworthy one and weighs more.
     No weight is below 1; at a logit of 0 it is 2, so that the released, unnormalised loss also doubles the rate.
-    t -> infinity: 2 for all.
+    t -> infinity: 2 for all. Weights end at the square root of the largest number, which no sane logit comes near.
     """
     refuse_not_positive(temperature=temperature)
-    return 1 + torch.exp(at_least_float32(other) / temperature)
+    exponents = at_least_float32(other) / temperature
+    return 1 + torch.exp(exponents.clamp(max=math.log(torch.finfo(exponents.dtype).max) / 2))
 
 
 @torch.no_grad()
@@ -147,8 +153,7 @@ def cet(
     weights = (up.unsqueeze(-1) * down.unsqueeze(-2)).masked_fill(~pairs, 0.0)
     if mode != "official" if normalize is None else normalize:
         weights = weights * pairs.sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    kept = scores.masked_fill(~mask, 0.0)
-    losses = F.softplus(kept.unsqueeze(-2) - kept.unsqueeze(-1))
+    losses, _ = pair_losses(scores, gains, mask)
     return (losses * weights).masked_fill(~pairs, 0.0).sum((-1, -2)) / pairs.sum((-1, -2)).clamp(min=1)
 
 

@@ -86,6 +86,15 @@ def test_the_released_weight_is_an_inverse_propensity():
     assert torch.allclose(official_weights(logits, temperature=1e9), torch.full_like(logits, 2.0), atol=1e-6)
 
 
+def test_a_logit_beyond_all_measure_leaves_the_loss_finite():
+    scores, gains = torch.tensor([[0.0, 1.0, 1.0]], requires_grad=True), torch.tensor([[1.0, 0.0, 0.0]])
+    selection = torch.tensor([[0.0, 1e4, float("inf")]])
+    for normalize in (False, True):
+        found = cet(scores, gains, full(scores), selection=selection, temperature=1.0, normalize=normalize)
+        assert bool(torch.isfinite(torch.autograd.grad(found.sum(), scores)[0]).all())
+        assert bool(found.isfinite().all())
+
+
 def test_positives_by_hand():
     # s = 1/2, 1/5, 4/5; the third is padding
     selection, mask = lists([0, -log(4), log(4)]), torch.tensor([[True, True, False]])

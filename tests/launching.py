@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 
-def torchrun(processes: int) -> list[str]:
-    """Arguments of Python that start a script so many times, on a free port.
+def run_script(text: str, folder: Path, *arguments: Any, processes: int, first_port: int) -> None:
+    """Write `text` to a file in `folder` and run it there with `arguments`; its errors are shown if it fails.
 
-    (Not `accelerate launch --cpu --num_processes 2`, which silently starts one process.)
+    Args:
+        first_port: torchrun takes one of the 200 from here on, by process id, so that two test runs do not meet.
+            (Not `accelerate launch --cpu --num_processes 2`, which silently starts one process.)
     """
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-
-
-def run_script(text: str, folder: Path, *arguments: Any, processes: int) -> None:
-    """Write `text` to a file in `folder` and run it there with `arguments`; its errors are shown if it fails."""
     script = folder / "script.py"
     script.write_text(text, encoding="utf-8")
-    launcher = torchrun(processes) if processes > 1 else []
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", str(first_port + os.getpid() % 200)]
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        [*command, str(script), *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,

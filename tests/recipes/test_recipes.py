@@ -14,7 +14,6 @@ from trl import TrlParser
 from negtune import UnlearningConfig
 from negtune.losses.unlearning import FORGET_LOSSES
 from negtune.rollouts.store import RecordStore
-from tests.launching import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +22,9 @@ def launch(recipe: str, folder: Path, *flags: str, processes: int = 1) -> subpro
     script = ROOT / "recipes" / recipe
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     if processes > 1:  # of which accelerate starts one only on a CPU
-        command = [sys.executable, *torchrun(processes)]
+        port = str(29500 + os.getpid() % 100)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", port]
     command += [str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if processes > 1:  # as cpu.yaml says for one

@@ -12,7 +12,6 @@ import pytest
 
 from negtune.records import write_jsonl
 from negtune.rollouts.store import RecordStore
-from tests.launching import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -37,6 +36,11 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+def launched(processes: int) -> list[str]:
+    port = 29100 + os.getpid() % 200 + processes
+    return ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+
+
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, engine):
     write_jsonl(tmp_path / "prompts.jsonl", ROWS)
@@ -45,8 +49,8 @@ def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, en
     generate += ["--max_model_len", "256"] if engine == "vllm" else []
     verify = ["-m", "negtune.cli.main", "rollouts", "verify", "--verifier", "exact"]
     run([*generate, "--store", "one"], tmp_path)
-    run([*torchrun(2), *generate, "--store", "two"], tmp_path)
-    run([*torchrun(2), *verify, "--store", "two"], tmp_path)
+    run([*launched(2), *generate, "--store", "two"], tmp_path)
+    run([*launched(2), *verify, "--store", "two"], tmp_path)
     one, two = ({r["key"]: r for r in RecordStore(tmp_path / name)} for name in ("one", "two"))
     lines = [line for path in RecordStore(tmp_path / "two").shards() for line in path.read_text().splitlines()]
     assert len(lines) == len(one) == 15  # nothing drawn twice
@@ -59,7 +63,6 @@ def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, en
 
 
 SERVED = """
-import gc
 import random
 import sys
 import numpy as np
@@ -90,10 +93,6 @@ if __name__ == "__main__":
         assert found.max_difference < 1e-4, found
     print(state.process_index, state.num_processes, found.policy, sampler._in_this_process)
     sampler.close()
-    groups = torch.distributed.is_initialized()
-    del sampler
-    gc.collect()
-    assert torch.distributed.is_initialized() == groups, "a collected engine ended the trainer's process group"
 """
 
 
@@ -111,7 +110,7 @@ def test_the_engine_has_the_trainers_weights_in_whichever_process_it_is(
 
     save_tiny(tmp_path / "tied", tied=True)
     (tmp_path / "script.py").write_text(SERVED, encoding="utf-8")
-    launcher = torchrun(processes) if processes > 1 else []
+    launcher = launched(processes) if processes > 1 else []
     out = run(
         [*launcher, "script.py", "tied", training, str(parts)], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING=engine_apart
     )

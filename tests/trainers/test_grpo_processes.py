@@ -80,7 +80,7 @@ PartialState().destroy_process_group()  # gloo aborts at exit now and then witho
 def launch(tmp_path: Path, folder: str, processes: int, batch: int) -> list[dict]:
     """What each process found."""
     out = tmp_path / f"{processes}"
-    run_script(SCRIPT, tmp_path, out, folder, batch, processes=processes)
+    run_script(SCRIPT, tmp_path, out, folder, batch, processes=processes, first_port=29500)
     return [json.loads((out / f"result{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -70,7 +70,7 @@ def launch(tmp_path, chain_folder):
     def run(processes: int, batch: int, kind: str, name: str, resume: str = "") -> dict:
         out = tmp_path / name
         arguments = (out, chain_folder, batch, kind, resume)
-        run_script(SCRIPT, tmp_path, *arguments, processes=processes)
+        run_script(SCRIPT, tmp_path, *arguments, processes=processes, first_port=29400)
         return json.loads((out / "result.json").read_text())
 
     return run

@@ -53,7 +53,7 @@ PartialState().destroy_process_group()  # gloo aborts at exit now and then witho
 def launch(tmp_path):
     def run(processes: int, batch: int, budget: int = 0, sharing: str = "auto") -> dict:
         out = tmp_path / f"run{processes}"
-        run_script(SCRIPT, tmp_path, out, batch, budget, sharing, processes=processes)
+        run_script(SCRIPT, tmp_path, out, batch, budget, sharing, processes=processes, first_port=29700)
         return json.loads((out / "result.json").read_text())
 
     return run

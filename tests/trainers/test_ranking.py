@@ -26,9 +26,9 @@ def config(folder, **settings):
     return RankingConfig(output_dir=str(folder), **{**fixed, "logging_steps": 1, "seed": 1, **settings})
 
 
-def of_two_processes(script, folder):
+def of_two_processes(script, folder, first_port):
     """What a script with a place for `root` writes to result.json."""
-    run_script(script.format(root=ROOT), folder, folder, processes=2)
+    run_script(script.format(root=ROOT), folder, folder, processes=2, first_port=first_port)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -334,7 +334,7 @@ PartialState().destroy_process_group()
 
 
 def test_queries_that_fill_no_round_of_two_processes_are_counted_or_refused(tmp_path):
-    too_few, too_few_streamed, steps = of_two_processes(FEW, tmp_path)
+    too_few, too_few_streamed, steps = of_two_processes(FEW, tmp_path, first_port=30300)
     assert too_few.startswith("3 train queries are no full round of batches, 4 (processes x per_device_train_batch")
     assert too_few_streamed.startswith("nothing is left of the train stream")
     assert steps == 2
@@ -416,7 +416,7 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
         out = tmp_path / str(processes)
         out.mkdir()
         script = SCRIPT.format(root=ROOT)
-        run_script(script, tmp_path, out, batch, kind, cached, processes=processes)
+        run_script(script, tmp_path, out, batch, kind, cached, processes=processes, first_port=29900)
         found.append(json.loads((out / "result.json").read_text()))
     one, two = found
     assert (one["world"], two["world"]) == (1, 2)
@@ -460,7 +460,7 @@ PartialState().destroy_process_group()
 
 
 def test_two_processes_leave_unscored_queries_out_of_the_mean_of_both(tmp_path):
-    zero, none = of_two_processes(UNSCORED, tmp_path)
+    zero, none = of_two_processes(UNSCORED, tmp_path, first_port=30100)
     assert zero["moved"] > 1e-4
     for name in ("moved", "loss", "grad_norm"):
         assert none[name] == pytest.approx(2 * zero[name], rel=1e-5), name

@@ -62,7 +62,7 @@ def launch(tmp_path, knowing_folder, forget_rows, retain_rows):
         out = tmp_path / f"{processes}"
         out.mkdir()
         arguments = (out, knowing_folder, "rows.json", batch, loss_type, lora)
-        run_script(SCRIPT, tmp_path, *arguments, processes=processes)
+        run_script(SCRIPT, tmp_path, *arguments, processes=processes, first_port=29100)
         return json.loads((out / "result.json").read_text())
 
     return run

@@ -173,7 +173,7 @@ assert grown < 75, f"{{grown}} MiB"
 )
 def test_an_index_holds_its_ids_and_little_more(tmp_path):
     """Of 293 MiB of mapped vectors nothing stays: 30 MiB for the ids' places, 150 while blocks left holes behind."""
-    run_script(MAKING.format(root=ROOT), tmp_path, processes=1)
+    run_script(MAKING.format(root=ROOT), tmp_path, processes=1, first_port=0)
 
 
 def test_a_saved_index_is_the_same_when_read(tmp_path):

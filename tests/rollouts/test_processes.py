@@ -63,6 +63,7 @@ def test_processes_of_the_command_line_draw_and_score_what_one_does(tmp_path, en
 
 
 SERVED = """
+import gc
 import random
 import sys
 import numpy as np
@@ -93,6 +94,10 @@ if __name__ == "__main__":
         assert found.max_difference < 1e-4, found
     print(state.process_index, state.num_processes, found.policy, sampler._in_this_process)
     sampler.close()
+    groups = torch.distributed.is_initialized()
+    del sampler
+    gc.collect()
+    assert torch.distributed.is_initialized() == groups, "a collected engine ended the trainer's process group"
 """
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from negtune.metrics.runs import RankingResult
 from negtune.metrics.stats import bootstrap_interval, paired_difference
 
-KNOWN = ("ndcg", "dcg", "mrr", "map", "recall", "precision", "judged", "accuracy")
+KNOWN = ("ndcg", "dcg", "mrr", "map", "micro_ap", "recall", "precision", "judged", "accuracy", "direction")
 
 
 def better(name: str) -> Literal["higher", "lower"] | None:

@@ -167,15 +167,47 @@ def micro_ap(scores: Numbers, labels: Numbers, n_positives: int | None = None, *
     Raises:
         ValueError: a score is NaN; no true pair; fewer `n_positives` than true labels.
     """
+    score, label, n_positives = _checked_pairs(scores, labels, n_positives)
+    order = rank_documents(score[None], torch.ones_like(score[None], dtype=torch.bool), label[None], ties)
+    return float(place_rewards(label[order], "map", label.new_tensor([n_positives])).sum())
+
+
+def recall_at_precision(scores: Numbers, labels: Numbers, precision: float, n_positives: int | None = None) -> float:
+    """Largest recall of a threshold at which at least `precision` of the pairs above it are true ones; 0 if none is.
+
+    Equal scores are on one side of every threshold. At .9 the second metric of the image similarity challenge,
+    https://arxiv.org/abs/2106.09672
+
+    Args:
+        scores, labels, n_positives: as in `micro_ap`.
+        precision: above 0 and at most 1.
+
+    Raises:
+        ValueError: as `micro_ap`.
+    """
+    if not 0 < precision <= 1:
+        raise ValueError(f"precision is a share, above 0 and at most 1, got {precision}")
+    score, label, n_positives = _checked_pairs(scores, labels, n_positives)
+    order = score.argsort(descending=True)
+    score, label = score[order], label[order]
+    last = F.pad(score[1:] != score[:-1], (0, 1), value=True)
+    hits = label.cumsum(-1)
+    enough = last & (hits >= precision * torch.arange(1, len(hits) + 1))
+    return float(hits[enough].max() / n_positives) if bool(enough.any()) else 0.0
+
+
+def _checked_pairs(scores: Numbers, labels: Numbers, n_positives: int | None) -> tuple[Tensor, Tensor, int]:
     score, label = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels, dtype=torch.float64)
     if score.shape != label.shape or score.ndim != 1:
         raise ValueError(f"need one label per score, got {tuple(label.shape)} and {tuple(score.shape)}")
-    true = int((label > 0).sum())
+    if bool(score.isnan().any()):
+        raise ValueError("a score is NaN and has no place in a ranking")
+    label = (label > 0).to(label.dtype)
+    true = int(label.sum())
     n_positives = true if n_positives is None else n_positives
     if n_positives < max(true, 1):
         raise ValueError(f"recall is over all true pairs, at least {max(true, 1)}; got n_positives={n_positives}")
-    order = rank_documents(score[None], torch.ones_like(score[None], dtype=torch.bool), label[None], ties)
-    return float(place_rewards(label[order], "map", label.new_tensor([n_positives])).sum())
+    return score, label, n_positives
 
 
 def _relevance(gains: Tensor, metric: str) -> Tensor:

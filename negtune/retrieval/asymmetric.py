@@ -51,8 +51,9 @@ class MagnitudeHead(Module):
 
     A *sum*: each token adds what it holds, so a text holds more than any part of it unless the tokens' states say
     otherwise. It starts at w = 0 and b = 0, .69 a token: the number of tokens, which is a good guess where pairs are
-    parts and wholes; training then finds which tokens are worth nothing. Padding counts for nothing, the tokens of
-    prompts do: give both sides the same prompt, or none.
+    parts and wholes; training then finds which tokens are worth nothing. Padding counts for nothing, and a prompt
+    before the text neither, with special tokens that stand before it; that of a chat template cannot be told from the
+    text and counts. So give both sides a prompt, or none.
 
     The direction, and every cosine, stays what it was. Vectors come out in float32 or wider.
 
@@ -77,11 +78,17 @@ class MagnitudeHead(Module):
 
     def _magnitudes(self, tokens: Tensor, features: Mapping[str, Any]) -> Tensor:
         """[B]."""
+        prompt = features.get("prompt_length", 0)
+        prompt = int(prompt.flatten()[0]) if isinstance(prompt, Tensor) else prompt  # the same for all of a batch
         if "cu_seq_lens_q" in features:  # flash attention's texts, one after another in one row
+            starts = features["cu_seq_lens_q"][:-1]
             lengths = features["cu_seq_lens_q"].diff()
             texts = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
-            return tokens.new_zeros(len(lengths)).index_add(0, texts, self._content(tokens.squeeze(0)))
+            places = torch.arange(len(texts), device=tokens.device) - starts[texts]
+            content = self._content(tokens.squeeze(0)).masked_fill(places < prompt, 0.0)
+            return tokens.new_zeros(len(lengths)).index_add(0, texts, content)
         mask = features["attention_mask"].bool()
+        mask = mask & (mask.cumsum(-1) > prompt)
         return self._content(tokens.masked_fill(~mask.unsqueeze(-1), 0.0)).masked_fill(~mask, 0.0).sum(-1)
 
     def _content(self, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from negtune.metrics.ranking import (
     micro_ap,
     place_rewards,
     rank_documents,
+    recall_at_precision,
     tie_groups,
 )
 
@@ -229,3 +230,37 @@ def test_micro_ap_sums_precision_over_steps_of_recall():
 def test_micro_ap_refuses_what_has_no_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         micro_ap(*arguments)
+
+
+# --- Recall at a precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "precision", "n", "expected"),
+    [
+        ([4, 3, 2, 1], [1, 0, 1, 1], 0.75, None, 1.0),
+        ([4, 3, 2, 1], [1, 0, 1, 1], 0.9, None, 1 / 3),
+        ([4, 3, 2, 1], [1, 0, 1, 1], 0.9, 10, 1 / 10),
+        ([4, 3, 2, 1], [0, 1, 1, 1], 0.8, None, 0.0),
+        ([3, 3, 2, 1], [1, 0, 1, 1], 0.9, None, 0.0),  # no threshold parts the equal ones
+        ([3, 2, 2, 1], [1, 1, 0, 0], 0.6, None, 1.0),
+        ([-1, -2], [1, 1], 1.0, None, 1.0),
+    ],
+)
+def test_recall_at_a_precision_by_hand(scores, labels, precision, n, expected):
+    assert recall_at_precision(scores, labels, precision, n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.1, math.nan], [1, 0], 0.9), "NaN"),
+        (([0.1], [1, 0], 0.9), "one label per score"),
+        (([0.1], [0], 0.9), "at least 1"),
+        (([0.1], [1], 0.0), "precision"),
+        (([0.1], [1], 1.1), "precision"),
+    ],
+)
+def test_recall_at_a_precision_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recall_at_precision(*arguments)

@@ -68,6 +68,20 @@ def test_a_retriever_is_rewarded_by_a_generator(tmp_path):
     assert "answers drawn, 0 of them unscored" in done.stdout
 
 
+def test_an_encoder_learns_which_text_is_in_which(tmp_path):
+    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--use_peft", "false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    arms = metrics["arms"]
+    assert list(arms)[:2] == ["shingles", "start, cosine"]
+    assert list(arms)[-1] == "trained, soft"
+    assert arms["start, cosine"]["direction"] == 0.5 < arms["start, soft"]["direction"]
+    assert arms["start, soft"]["fit"] >= arms["start, cosine"]["fit"]
+    assert metrics["better"]["micro_ap"] == metrics["better"]["inside/recall@p90"] == "higher"
+    assert "2_MagnitudeHead" in {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "report.html").stat().st_size > 5_000
+
+
 @pytest.mark.slow
 def test_the_comparison_goes_on_where_it_was_stopped_and_tests_over_queries(tmp_path):
     flags = ["--smoke", "--arms", "InfoNCE, mined + in batch", "LambdaRank, list", "PG PL-Rank LOO"]
@@ -110,6 +124,7 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm,
         ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
         ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
         ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
+        ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, recipe, flags, message):

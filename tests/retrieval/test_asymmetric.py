@@ -262,6 +262,29 @@ def test_texts_in_one_row_are_summed_apart():
     torch.testing.assert_close(norms, torch.tensor([each[0], each[1] + each[2]]))
 
 
+@pytest.mark.parametrize("side", ["left", "right", "one row"])
+@pytest.mark.parametrize("length", [1, torch.tensor([1]), torch.tensor([1, 1])])
+def test_a_prompt_counts_for_nothing(side, length):
+    head, tokens, each = by_hand()
+    features = {"sentence_embedding": torch.tensor([[3.0, 4.0], [0.0, -2.0]]), "prompt_length": length}
+    if side == "one row":
+        features |= {"token_embeddings": tokens[None, [0, 1, 2, 1, 2]], "cu_seq_lens_q": torch.tensor([0, 3, 5])}
+    else:
+        short = [0, 1, 2] if side == "left" else [1, 2, 0]
+        mask = torch.tensor([[1, 1, 1], [0, 1, 1] if side == "left" else [1, 1, 0]])
+        features |= {"token_embeddings": tokens[torch.tensor([[0, 1, 2], short])], "attention_mask": mask}
+    norms = head(features)["sentence_embedding"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([each[1] + each[2], each[2]]))
+
+
+def test_a_model_with_a_prompt_holds_what_its_text_holds(tmp_path):
+    """The states see the prompt, so the directions change; the count does not, but for [CLS], which goes with it."""
+    model = add_magnitude(bi_encoder(tmp_path / "model"))
+    plain, short, long = (model.encode(["w1 w2 w3"], prompt=prompt)[0] for prompt in (None, "w9 ", "w9 w8 w7 w6 "))
+    norms = [float(torch.tensor(vector).norm()) / math.log(2) for vector in (plain, short, long)]
+    assert norms == pytest.approx([5, 4, 4], abs=1e-4)
+
+
 def test_mixed_precision_does_not_reach_the_sum():
     head, tokens, _ = by_hand()
     features = {"token_embeddings": tokens.repeat(1, 1, 1).expand(1, 3, 2), "attention_mask": torch.ones(1, 3)}

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+from tests.launching import AT_ONCE
+
 SCRIPT = """
 import torch
 import torch.distributed as dist
@@ -66,7 +68,7 @@ print("EQUAL", flush=True)
 
 
 def test_sharded_weights_score_and_train_like_whole_ones(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT + AT_ONCE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)

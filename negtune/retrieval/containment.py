@@ -184,7 +184,5 @@ class ContainmentEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float | int = -1.0, steps: int = -1
     ) -> dict[str, float]:
-        training = model.training
         pairs = Compared.of_model(model, self.task, self.batch_size)
-        model.train(training)
         return containment_metrics(self.task, *both_ways(pairs, weight=self.weight))

@@ -97,21 +97,17 @@ def test_draws_of_one_group_are_the_figure_itself():
 
 
 def test_draws_take_passages_with_all_their_queries():
-    """Two passages: each draw is the first twice, the second twice, or the task; counted by hand."""
-    true = torch.eye(4, dtype=torch.bool)
-    scores = torch.full((4, 4), 0.1)
-    scores[0, 0], scores[1, 1], scores[2, 2], scores[3, 3], scores[0, 1] = 0.9, 0.8, 0.05, 0.04, 0.95
-    draws = micro_ap_draws(scores, true, ["a", "a", "b", "b"], resamples=400, seed=1)
-    of = {
-        "a": (1 / 2 + 2 / 3) / 2,
-        "b": (1 / 7 + 2 / 8) / 2,
-        "both": (1 / 2 + 2 / 3 + 3 / 15 + 4 / 16) / 4,
-    }
+    """Two passages, of two queries and of one: each draw is the first twice, the second twice, or both; by hand."""
+    true = torch.eye(3, dtype=torch.bool)
+    scores = torch.full((3, 3), 0.1)
+    scores[0, 0], scores[1, 1], scores[2, 2], scores[0, 1] = 0.9, 0.8, 0.05, 0.95
+    draws = micro_ap_draws(scores, true, ["a", "a", "b"], resamples=400, seed=1)
+    of = {"a": (1 / 2 + 2 / 3) / 2, "b": 1 / 3, "both": (1 / 2 + 2 / 3 + 3 / 9) / 3}
     found, counts = np.unique(draws.round(6), return_counts=True)
     assert found == pytest.approx(sorted(of.values()), abs=1e-6)
     share = dict(zip(found.round(4), counts / 400, strict=True))
     assert share[round(of["both"], 4)] == pytest.approx(0.5, abs=0.1)
-    assert np.array_equal(draws, micro_ap_draws(scores, true, ["a", "a", "b", "b"], resamples=400, seed=1))
+    assert np.array_equal(draws, micro_ap_draws(scores, true, ["a", "a", "b"], resamples=400, seed=1))
 
 
 def test_an_encoder_is_measured_and_left_as_it_was():

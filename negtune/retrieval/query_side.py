@@ -146,7 +146,7 @@ class QueryLoss(RankingLoss):
             shares = self.last_lists.changed([row["row"] for row in judged.rows], found.cpu().numpy())
             self._add(mode, "search/changed", sum(shares), len(shares))
 
-    def _add(self, mode: str, name: str, part: float, whole: int) -> None:
+    def _add(self, mode: str, name: str, part: float | int, whole: int) -> None:
         self._sums[mode][name][0] += part
         self._sums[mode][name][1] += whole
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from negtune.losses.hard_negatives import SEARCH_LOSSES, append_missed
+from negtune.ops import at_least_float32
 from negtune.retrieval.collate import CandidateCollator, _padded
 from negtune.retrieval.encoder import encode, similarity_of
 from negtune.retrieval.index import ExactIndex
@@ -96,8 +97,9 @@ class QueryLoss(RankingLoss):
         self._track_search(found, judged)
         lists = lists_of(found, judged)
         places, documents = lists.documents.unique(return_inverse=True)
-        vectors = self.index.vectors(places).to(judged.mask.device)
-        return self.calculate_loss([[self._outputs(dict(features))], [vectors]], replace(lists, documents=documents))
+        queries = self._outputs(dict(features))
+        vectors = self.index.vectors(places).to(queries.device, at_least_float32(queries).dtype)
+        return self.calculate_loss([[queries], [vectors]], replace(lists, documents=documents))
 
     @torch.no_grad()
     def search(self, features: Mapping[str, Any], judged: Lists) -> Int[Tensor, "B K"]:

@@ -99,7 +99,7 @@ class RefreshNegatives(TrainerCallback):
             self._refresh(step)
         else:
             raise FileNotFoundError(
-                f"{self._path(due)} is missing: it has the lists of step {step}; resume in the folder of the first run"
+                f"{self._path(due)} is missing: it has the lists of step {due}; resume in the folder of the first run"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

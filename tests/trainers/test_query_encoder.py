@@ -93,7 +93,7 @@ def warm(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"metric": "ndcg", "rank_by": "score"}, {"loss_type": "pg_rank", "k": 10}],
+    [{}, pytest.param({"metric": "ndcg", "rank_by": "score"}, marks=pytest.mark.slow), {"loss_type": "pg_rank"}],
     ids=["adore", "ndcg", "pg_rank"],
 )
 def test_a_warm_start_gets_better_on_held_out_queries_and_nothing_else_moves(tmp_path, warm, settings):

@@ -2,9 +2,9 @@
 
 Paper       Optimizing Dense Retrieval Model Training with Hard Negatives (STAR, ADORE), https://arxiv.org/abs/2104.08051
 Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out: made up.
-Paper's     ADORE from STAR: the first 200 documents of an exact index, places up to 200 count, 32 queries a step, AdamW
-            5e-6, 6 epochs (released code).
-Here        Start: --model (minilm, wordllama, a folder, a Hub id), by default as it is; --warm_steps of InfoNCE on lists
+Paper's     ADORE from STAR: the first 200 documents of an exact index, places up to 200 count, 32 queries a step,
+            AdamW 5e-6, 6 epochs (released code).
+Here        Start: --model (minilm, wordllama, a folder, a Hub id), by default as it is; --warm_steps: InfoNCE on lists
             of BM25 and the start before it. The index is made once. --loss_type: adore, pg_rank, lambda_rank, ...
 Expected    MS MARCO passages, MRR@10: STAR .340 to ADORE .347; from in-batch negatives .264 to .316 (released code).
 Measured    not measured

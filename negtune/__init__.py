@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from negtune.trainers.grpo import StepGRPOTrainer as StepGRPOTrainer
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
     from negtune.trainers.preference import PreferenceTrainer as PreferenceTrainer
+    from negtune.trainers.query_encoder import QueryEncoderConfig as QueryEncoderConfig
+    from negtune.trainers.query_encoder import QueryEncoderTrainer as QueryEncoderTrainer
     from negtune.trainers.ranking import RankingConfig as RankingConfig
     from negtune.trainers.ranking import RankingTrainer as RankingTrainer
+    from negtune.trainers.refresh import RefreshNegatives as RefreshNegatives
     from negtune.trainers.unlearning import UnlearningConfig as UnlearningConfig
     from negtune.trainers.unlearning import UnlearningTrainer as UnlearningTrainer
     from negtune.verifiers.code import CodeVerifier as CodeVerifier
@@ -45,11 +48,14 @@ _HOMES = {
     "MathVerifier": "negtune.verifiers.math",
     "PreferenceConfig": "negtune.trainers.preference",
     "PreferenceTrainer": "negtune.trainers.preference",
+    "QueryEncoderConfig": "negtune.trainers.query_encoder",
+    "QueryEncoderTrainer": "negtune.trainers.query_encoder",
     "RankingConfig": "negtune.trainers.ranking",
     "RankingLoss": "negtune.retrieval.losses",
     "RankingTrainer": "negtune.trainers.ranking",
     "ReasoningGymVerifier": "negtune.verifiers.reasoning",
     "RecordStore": "negtune.rollouts.store",
+    "RefreshNegatives": "negtune.trainers.refresh",
     "Rollout": "negtune.rollouts.sampler",
     "SamplingParams": "negtune.rollouts.sampler",
     "SequenceLogps": "negtune.ops",
@@ -71,11 +77,14 @@ __all__ = [
     "MathVerifier",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "QueryEncoderConfig",
+    "QueryEncoderTrainer",
     "RankingConfig",
     "RankingLoss",
     "RankingTrainer",
     "ReasoningGymVerifier",
     "RecordStore",
+    "RefreshNegatives",
     "Rollout",
     "SamplingParams",
     "SequenceLogps",

@@ -16,7 +16,8 @@ EXTRAS = [
 ]
 NEED_SENTENCE_TRANSFORMERS = {
     *("negtune._st_compat", "negtune.retrieval.asymmetric", "negtune.retrieval.evaluation", "negtune.retrieval.losses"),
-    *("negtune.trainers.ranking", "negtune.trainers.ranking_config"),
+    *("negtune.retrieval.query_side", "negtune.trainers.ranking", "negtune.trainers.ranking_config"),
+    *("negtune.trainers.query_encoder", "negtune.trainers.query_encoder_config", "negtune.trainers.refresh"),
 }
 
 

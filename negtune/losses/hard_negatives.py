@@ -8,7 +8,7 @@ Every objective returns one value per query; a query without a pair yields 0.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from negtune.losses.ranking import (
+    RANKING_LOSSES,
     apart,
     discount,
     infonce,
@@ -231,3 +232,10 @@ def _table(rows: list[list[int]], like: Tensor) -> Tensor:
     width = max(map(len, rows), default=0)
     padded = [[*row, *[-1] * (width - len(row))] for row in rows]
     return torch.tensor(padded, dtype=like.dtype, device=like.device).view(len(rows), width)
+
+
+SEARCH_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "adore": adore,
+    **{name: loss for name, loss in RANKING_LOSSES.items() if name not in ("margin_mse", "kl_distill")},
+}
+"""What can train on the lists of a search: nobody has a teacher's scores for documents that are found as one goes."""

@@ -78,3 +78,14 @@ class CandidateCollator:
 def _padded(rows: Sequence[Mapping[str, Any]], column: str) -> Tensor:
     width = max(len(row[column]) for row in rows)
     return torch.tensor([[*row[column], *[0.0] * (width - len(row[column]))] for row in rows])
+
+
+def prompts_of(model: Any, kind: str) -> dict[str, str] | str | None:
+    """What `encode_query`, `encode_document` and `predict` put before texts: training has to see the same."""
+    known, default = dict(model.prompts or {}), getattr(model, "default_prompt_name", None)
+    if kind == "cross_encoder":
+        return known.get(default)
+    names = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    # as the host does it: the first name that is there counts, with an empty text too
+    found = {side: next((n for n in each if n in known), default) for side, each in names.items()}
+    return {side: known[name] for side, name in found.items() if known.get(name)}

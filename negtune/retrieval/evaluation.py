@@ -10,6 +10,7 @@ from negtune._st_compat import BaseEvaluator
 from negtune.data.retrieval import RetrievalTask, Run
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.records import write_json
+from negtune.retrieval.index import ExactIndex, FaissIndex
 from negtune.retrieval.losses import kind_of
 from negtune.retrieval.retrievers import DenseRetriever, rerank
 
@@ -23,6 +24,7 @@ def evaluate_retrieval(
     metrics: Sequence[str] = METRICS,
     depth: int = 100,
     batch_size: int = 64,
+    index: ExactIndex | FaissIndex | None = None,
     **conventions: Any,
 ) -> RankingResult:
     """Search the whole corpus with a bi-encoder (first stage), exactly.
@@ -33,13 +35,15 @@ def evaluate_retrieval(
         metrics: see `metrics.runs.evaluate_run`.
         depth: documents found for each query.
         batch_size: texts embedded at a time.
+        index: of the corpus, ready made: only queries are embedded. Default: the model embeds the corpus.
         conventions: gain, ties and missing of `evaluate_run`.
     """
     if hasattr(model, "preprocess") and kind_of(model) != "bi_encoder":  # else a function of texts
         raise ValueError(
             f"searching needs a bi-encoder, got {type(model).__name__}; evaluate_reranking is for the others"
         )
-    run = DenseRetriever(model, task.corpus, batch_size=batch_size).retrieve(task.queries, depth)
+    corpus = task.corpus if index is None else index
+    run = DenseRetriever(model, corpus, batch_size=batch_size).retrieve(task.queries, depth)
     return evaluate_run(run, task.qrels, metrics, **conventions)
 
 
@@ -103,7 +107,7 @@ class RetrievalEvaluator(BaseEvaluator):
     Args:
         task: corpus, queries and judgements to search.
         metrics: the first one is the primary one.
-        depth, batch_size, conventions: see `evaluate_retrieval`.
+        depth, batch_size, index, conventions: see `evaluate_retrieval`.
     """
 
     def __init__(
@@ -113,11 +117,12 @@ class RetrievalEvaluator(BaseEvaluator):
         metrics: Sequence[str] = METRICS,
         depth: int = 100,
         batch_size: int = 64,
+        index: ExactIndex | FaissIndex | None = None,
         **conventions: Any,
     ) -> None:
         super().__init__()
         self.task, self.metrics = task, tuple(metrics)
-        self.settings = {"depth": depth, "batch_size": batch_size, **conventions}
+        self.settings = {"depth": depth, "batch_size": batch_size, "index": index, **conventions}
         self.primary_metric = self.metrics[0]
         self.last: RankingResult | None = None
 

@@ -64,6 +64,12 @@ class ExactIndex:
         """`[D H]`, as given."""
         return self._embeddings
 
+    def vectors(self, positions: Int[Tensor, " M"]) -> Float[Tensor, "M H"]:
+        """Copies of the vectors at these positions, of the index's type and on its device; no gradient reaches it."""
+        if isinstance(self._embeddings, Tensor):
+            return self._embeddings.detach()[positions.to(self._device)]
+        return torch.from_numpy(self._embeddings[positions.cpu().numpy()])
+
     @torch.no_grad()
     def search(
         self,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         ValueError: no such objective or hyper-parameter, or a model whose similarity is neither cosine nor dot.
     """
 
+    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = RANKING_LOSSES
+
     def __init__(
         self,
         model: nn.Module,
@@ -172,7 +174,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         self.scale = scale if scale is not None else 20.0 if self.cosine else 1.0
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
-        self.loss_type, self.objective, self.loss_kwargs = loss_type, objective, known_settings(loss_type, loss_kwargs)
+        self.loss_type, self.objective = loss_type, objective
+        self.loss_kwargs = known_settings(loss_type, loss_kwargs, self.objectives)
         self.reward_fn, self.in_batch = reward_fn, in_batch
         if reward_fn is not None and loss_type != "pg_rank":
             raise ValueError(f"reward_fn is for pg_rank, got loss_type={loss_type}")
@@ -336,7 +339,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             found = self._policy_gradient(scores, lists)
             losses = found.loss
         else:
-            losses = RANKING_LOSSES[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
+            losses = self.objectives[self.loss_type](scores, lists.gains, lists.mask, **self._arguments(lists))
         counted, mode = self.counted(lists), "train" if torch.is_grad_enabled() else "eval"
         with torch.no_grad():
             counted = self._scored(mode, counted, found)
@@ -534,17 +537,19 @@ def _similarity(model: Any) -> str:
     return name
 
 
-def known_settings(loss_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters of an objective, tried out on a list of their own.
+def known_settings(
+    loss_type: str, given: Mapping[str, Any], objectives: Mapping[str, Callable[..., Tensor]] = RANKING_LOSSES
+) -> dict[str, Any]:
+    """Hyper-parameters of one of the objectives, tried out on a list of their own.
 
     Raises:
         ValueError: no such objective, no such hyper-parameter, or a value it cannot have.
     """
-    if loss_type not in RANKING_LOSSES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(sorted(RANKING_LOSSES))}")
-    objective = RANKING_LOSSES[loss_type]
+    if loss_type not in objectives:
+        raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(sorted(objectives))}")
+    objective = objectives[loss_type]
     parameters = inspect.signature(objective).parameters.values()
-    ours = ("reward_fn", "ideal_gains", "ref_scores", "generator", "teacher_scores")
+    ours = ("reward_fn", "ideal_gains", "ref_scores", "generator", "teacher_scores", "ranks")
     names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ours]
     for name in given:
         if name not in names:

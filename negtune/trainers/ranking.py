@@ -25,7 +25,7 @@ from negtune.data.candidates import COUNTED, LEFT_OUT, candidate_rows
 from negtune.data.completions import RowError
 from negtune.models.four_bit import keep_gradients
 from negtune.models.policy import check_output_folder, checkpoint_bytes, disable_dropout
-from negtune.retrieval.collate import CandidateCollator
+from negtune.retrieval.collate import CandidateCollator, prompts_of
 from negtune.retrieval.losses import READ_NO_GAINS, Lists, NonFiniteScoresError, RankingLoss, kind_of
 from negtune.retrieval.rankers import load_ranker, query_room
 from negtune.trainers.progress import HistoryCallback, MetricSums, ProgressTable
@@ -77,8 +77,13 @@ class RankingTrainer(BaseTrainer):
     """
 
     training_args_class = RankingConfig
+    collator_class = CandidateCollator
+    progress = PROGRESS
+    wanted = "rows with query, documents and gains"
     loss_is_scaled_for_ga = False
     step_is_empty = False
+    relist: Callable[[list[int]], list[dict[str, Any]]] | None = None
+    """Row numbers to rows, after the lists have changed: the data loader has collated a batch of old ones already."""
     _evaluated: set[int]
     _step: dict[str, Any]
 
@@ -97,14 +102,9 @@ class RankingTrainer(BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = copy.copy(args) if args is not None else RankingConfig(output_dir="trainer_output")
-        settings = {
-            "k": args.places if objective is None else None,
-            "teacher": args.needs_teacher and objective is None,
-        }
-        gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
-        self._rows_of = _Rows(**settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact)
-        train = None if train_dataset is None else self._rows_of(train_dataset, "train")
-        evaluated = self._rows_of.each(eval_dataset)
+        self.checked_rows = self._row_checks(args, objective, reward_fn)
+        train = None if train_dataset is None else self.checked_rows(train_dataset, "train")
+        evaluated = self.checked_rows.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
             raise ValueError("kl_weight needs the scores of the warm start for all rows, and a stream has them not yet")
         set_seed(args.seed)  # the adapter's first weights are drawn before the host seeds
@@ -118,15 +118,8 @@ class RankingTrainer(BaseTrainer):
                     room(rows.select_columns(["row", "query"]), name)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
-        loss = RankingLoss(
-            model,
-            args.loss_type,
-            **{"scale": args.scale, "in_batch": args.in_batch, "objective": objective},
-            **{"mini_batch_size": args.mini_batch_size, "mini_batch_num_tokens": args.mini_batch_num_tokens},
-            reward_fn=None if reward_fn is None else _Scored(reward_fn),
-            **args.objective_settings(),
-        )
-        self.collate = CandidateCollator(
+        loss = self._make_loss(model, args, objective, reward_fn)
+        self.collate = self.collator_class(
             model.preprocess,
             loss.kind,
             prompts=prompts_of(model, loss.kind),
@@ -152,13 +145,35 @@ class RankingTrainer(BaseTrainer):
         self.model_accepts_loss_kwargs = False  # what transformers below 5.19 reads for loss_is_scaled_for_ga
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ProgressTable(PROGRESS, ("loss", "reward/greedy", "ndcg@10", "mrr@10", "recall@100")))
+            self.add_callback(
+                ProgressTable(self.progress, ("loss", "reward/greedy", "ndcg@10", "mrr@10", "recall@100"))
+            )
         if args.kl_weight and self.train_dataset is not None:
             self.train_dataset = self._with_start_scores(self.train_dataset)
 
+    def _row_checks(self, args: Any, objective: Any, reward_fn: Any) -> CheckedRows:
+        settings = {
+            "k": args.places if objective is None else None,
+            "teacher": args.needs_teacher and objective is None,
+        }
+        gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
+        return CheckedRows(
+            candidate_rows, **settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact
+        )
+
+    def _make_loss(self, model: Any, args: Any, objective: Any, reward_fn: Any) -> RankingLoss:
+        return RankingLoss(
+            model,
+            args.loss_type,
+            **{"scale": args.scale, "in_batch": args.in_batch, "objective": objective},
+            **{"mini_batch_size": args.mini_batch_size, "mini_batch_num_tokens": args.mini_batch_num_tokens},
+            reward_fn=None if reward_fn is None else _Scored(reward_fn),
+            **args.objective_settings(),
+        )
+
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None:
-            raise ValueError("the train set is missing: pass rows with query, documents and gains")
+            raise ValueError(f"the train set is missing: pass {self.wanted}")
         loader = super().get_train_dataloader()
         if not self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
             return loader
@@ -208,6 +223,8 @@ class RankingTrainer(BaseTrainer):
                 "nothing is left of the train stream: of its queries with a relevant document there is no full round "
                 "of batches (processes x per_device_train_batch_size)"
             )
+        if self.relist is not None:
+            batches, self.relist = [self.collate(self.relist(batch["rows"].tolist())) for batch in batches], None
         if batches:
             tell_step_totals(self, batches, lambda batch: self.loss.counted(_lists(batch)).sum())
             self.loss.take_unscored()
@@ -306,7 +323,7 @@ class RankingTrainer(BaseTrainer):
             ignore_keys, metric_key_prefix: as in transformers.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._rows_of.each(eval_dataset)
+            eval_dataset = self.checked_rows.each(eval_dataset)
         self.loss.take_metrics("eval")
         with torch.random.fork_rng():  # a data loader draws a seed, which is none of the training's business
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -326,16 +343,16 @@ class RankingTrainer(BaseTrainer):
         super().log(logs, start_time)
 
 
-class _Rows:
-    """What `candidate_rows` makes of a set, or of several by name."""
+class CheckedRows:
+    """What `candidate_rows`, or another check, makes of a set, or of several by name."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, check: Callable[..., Any], **settings: Any) -> None:
+        self.check, self.settings = check, settings
 
     def __call__(self, data: Any, name: str) -> Any:
         if COUNTED in (getattr(data, "column_names", None) or ()):
             return data
-        return candidate_rows(data, name=name, **self.settings)
+        return self.check(data, name=name, **self.settings)
 
     def each(self, data: Any) -> Any:
         if data is None:
@@ -403,17 +420,6 @@ def _refuse_unread(model: Any, prompt: str) -> None:
             "the chat template of this causal LM does not read prompts; make the model with causal_reranker(..., "
             "instruction=...), and leave prompts out"
         )
-
-
-def prompts_of(model: Any, kind: str) -> dict[str, str] | str | None:
-    """What `encode_query`, `encode_document` and `predict` put before texts: training has to see the same."""
-    known, default = dict(model.prompts or {}), getattr(model, "default_prompt_name", None)
-    if kind == "cross_encoder":
-        return known.get(default)
-    names = {"query": ("query",), "document": ("document", "passage", "corpus")}
-    # as the host does it: the first name that is there counts, with an empty text too
-    found = {side: next((n for n in each if n in known), default) for side, each in names.items()}
-    return {side: known[name] for side, name in found.items() if known.get(name)}
 
 
 def prepare_ranker(model: str | os.PathLike | nn.Module, args: RankingConfig, peft_config: Any = None) -> Any:

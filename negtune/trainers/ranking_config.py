@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from negtune._st_compat import BaseTrainingArguments
 from negtune.losses.ranking import RANKING_LOSSES
@@ -24,6 +27,8 @@ class RankingConfig(BaseTrainingArguments):
     default to on where there is an accelerator and off on a CPU. `prompts` is a mapping of `query` and `document`, or
     for a cross-encoder a text; by default those of the model, which searching uses too.
     """
+
+    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = RANKING_LOSSES
 
     output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and records go."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Adapters want ten times as much."})
@@ -95,7 +100,7 @@ class RankingConfig(BaseTrainingArguments):
             raise ValueError(f"loss_kwargs must be a mapping of hyper-parameters, got {self.loss_kwargs!r}")
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise ValueError(f"scale must be positive and finite, got {self.scale}")
-        known_settings(self.loss_type, self.objective_settings())
+        known_settings(self.loss_type, self.objective_settings(), self.objectives)
         if self.kl_weight and self.loss_type != "pg_rank":
             raise ValueError(f"kl_weight is for pg_rank, got loss_type={self.loss_type}")
         for name in ("mini_batch_size", "mini_batch_num_tokens", "max_length"):
@@ -121,5 +126,5 @@ class RankingConfig(BaseTrainingArguments):
         if self.in_batch:
             return None
         given = self.objective_settings().get("k")
-        parameter = inspect.signature(RANKING_LOSSES[self.loss_type]).parameters.get("k")
+        parameter = inspect.signature(self.objectives[self.loss_type]).parameters.get("k")
         return parameter.default if given is None and parameter is not None else given

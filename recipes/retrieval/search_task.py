@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from negtune.data.retrieval import RetrievalTask, Run, load_beir, split_queries, synthetic_retrieval
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.retrieval.encoder import encode, load_encoder, similarity_of
@@ -110,15 +112,26 @@ def with_relevant(task: RetrievalTask, run: Run) -> Run:
     }
 
 
-def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64, *, search: bool = True) -> Measured:
-    """A bi-encoder on the queries of a task, the corpus encoded once; or, without a search, any model as reranker."""
+def measured(
+    model: Any,
+    task: RetrievalTask,
+    lexical: Run,
+    batch_size: int = 64,
+    *,
+    search: bool = True,
+    index: ExactIndex | None = None,
+) -> Measured:
+    """A bi-encoder on the queries of a task, the corpus encoded once; or, without a search, any model as reranker.
+
+    A ready index of the corpus, in its order, is searched as it is.
+    """
     model.eval()
     if not search:
         depth = max(len(found) for found in lexical.values())
         run = rerank(scorer(model, min(batch_size, 16)), task, lexical, depth=depth, k=depth)
         return Measured({"rerank": evaluate_run(run, task.qrels, METRICS[:2])}, run)
-    vectors = encode(model, list(task.corpus.values()), side="document", batch_size=batch_size)
-    index = ExactIndex(vectors, list(task.corpus), similarity_of(model))
+    index = indexed(model, task, batch_size) if index is None else index
+    vectors = index.vectors(torch.arange(len(index)))
     run = DenseRetriever(model, index).retrieve(task.queries, DEPTH)
     place = {document_id: i for i, document_id in enumerate(task.corpus)}
     queries = encode(model, list(task.queries.values()), batch_size=batch_size)
@@ -139,6 +152,12 @@ def measured(model: Any, task: RetrievalTask, lexical: Run, batch_size: int = 64
         reranked = rerank(score, task, candidates, depth=depth, k=10)
         stages[name] = evaluate_run(reranked, task.qrels, ("ndcg@10", "mrr@10"))
     return Measured(stages, run)
+
+
+def indexed(model: Any, task: RetrievalTask, batch_size: int = 64) -> ExactIndex:
+    """The corpus as the model encodes documents."""
+    vectors = encode(model, list(task.corpus.values()), side="document", batch_size=batch_size)
+    return ExactIndex(vectors, list(task.corpus), similarity_of(model))
 
 
 class Start:

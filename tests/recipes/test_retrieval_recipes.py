@@ -51,6 +51,29 @@ def test_two_processes_train_a_retriever(tmp_path):
     assert list(json.loads((tmp_path / "metrics.json").read_text())["arms"]) == ["start", "InfoNCE", "pg_rank"]
 
 
+def test_queries_are_trained_against_a_frozen_index_and_reported(tmp_path):
+    done = launch("retrieval/adore.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["arms"]) == ["start", "adore"]
+    assert "minus start_low" in metrics["arms"]["adore"]
+    history = read_jsonl(tmp_path / "history.jsonl")
+    assert [row["step"] for row in history if "eval/ndcg@10" in row] == [2, 4]
+    assert all("search/missed" in row for row in history if "loss" in row)
+    assert (tmp_path / "router_config.json").exists()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@needs_adapters
+def test_two_processes_train_an_adapter_for_queries_by_policy_gradient(tmp_path):
+    flags = ["--smoke", "--loss_type", "pg_rank", "--use_peft", "--per_device_train_batch_size", "2"]
+    done = launch("retrieval/adore.py", tmp_path, *flags, "--lora_target_modules", "query", "value", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["arms"]) == ["start", "pg_rank"]
+    assert (tmp_path / "router_config.json").exists()
+
+
 @needs_adapters
 def test_a_language_model_is_trained_to_rerank(tmp_path):
     done = launch("retrieval/llm_reranker.py", tmp_path, "--smoke")
@@ -122,6 +145,7 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm,
         ("pg_rank", ["--loss_type", "npo"], "unknown loss_type 'npo'"),
         ("pg_rank", ["--data", "nowhere/at/all"], "no folder nowhere/at/all"),
         ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
+        ("adore", ["--metric_cut", "0"], "metric_cut counts places and must be at least 1, got 0"),
         ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
         ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
         ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),

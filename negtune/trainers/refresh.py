@@ -1,0 +1,216 @@
+"""Mine candidate lists again while a trainer runs, with the model as it is by then (ANCE)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from negtune.data.retrieval import RetrievalTask
+from negtune.retrieval.mining import CandidateList, Mined, mine, read_lists, to_rows, write_lists
+from negtune.retrieval.retrievers import DenseRetriever, Retriever, RunRetriever
+from negtune.trainers.ranking import RankingTrainer
+
+FOLDER, FILE = "lists", "step-{step}.jsonl"
+
+
+class RefreshNegatives(TrainerCallback):
+    """Every n steps: encode the corpus, search, and train on the lists of what is found from the next step on.
+
+        lists = mine(task, [DenseRetriever(model, task.corpus)], positives="guaranteed").lists
+        trainer = RankingTrainer(model, args, train_dataset=to_rows(lists))
+        trainer.add_callback(RefreshNegatives(trainer, task, lists, every_steps=500, positives="guaranteed"))
+
+    ANCE (https://arxiv.org/abs/2007.00808) does this beside the training, with other machines: its trainer goes on
+    with lists of an older checkpoint until the new ones are there. Here training waits. Lists are those of the weights
+    that go on, at the price of the time that encoding takes, and the same run twice gives the same lists.
+
+    `lists/step-N.jsonl` in the output folder says where the documents of every list were found; the model's ranks are
+    under `dense@N`. A run that is resumed takes its lists from there. Every process mines for itself. A query for which
+    mining finds no list, or one that is shorter than the objective's k, keeps the one it has.
+
+    Logged at each refresh: `refresh/changed`, share of negatives that were not in the query's list; `refresh/kept`,
+    share of queries that kept theirs; `refresh/seconds`.
+
+    Args:
+        trainer: of a bi-encoder.
+        task: with the queries of the lists.
+        lists: what the trainer's train set was made of, `to_rows(lists)`.
+        every_steps, every_epochs: one of the two.
+        retrievers: others whose documents are pooled with the model's, such as BM25; asked again each time.
+        batch_size: texts embedded at a time.
+        settings: of `mine`; `seed` grows by the step.
+
+    Raises:
+        ValueError: lists that are not the train set's, settings that `mine` does not take, or a trainer that cannot
+            change its lists: of a stream, with workers that load data, or with scores for each document of a row.
+    """
+
+    def __init__(
+        self,
+        trainer: RankingTrainer,
+        task: RetrievalTask,
+        lists: Sequence[CandidateList],
+        *,
+        every_steps: int | None = None,
+        every_epochs: int | None = None,
+        retrievers: Sequence[Retriever] = (),
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> None:
+        if (every_steps is None) == (every_epochs is None) or (every_steps or every_epochs or 0) < 1:
+            raise ValueError(
+                f"give every_steps or every_epochs, at least 1, got every_steps={every_steps}, "
+                f"every_epochs={every_epochs}"
+            )
+        _check_trainer(trainer)
+        self.trainer, self.task, self.settings = trainer, task, settings
+        self.every_steps, self.every_epochs = every_steps, every_epochs
+        self.retrievers, self.batch_size = list(retrievers), batch_size
+        self.lists = list(lists)
+        self._check_lists(trainer.train_dataset)
+        self._check_settings()
+        self._use(self.lists)
+        if others := set(trainer.train_dataset.column_names) - set(self._rows.column_names):
+            raise ValueError(f"train rows have {', '.join(sorted(others))}, which mined lists lack; leave them out")
+        trainer.train_dataset = trainer.train_dataset.with_transform(self._current)
+
+    # --- when ---------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Take the lists that were in use; of a new run, write down those that it begins with."""
+        if self.every_epochs is not None:
+            per_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            self.every_steps = self.every_epochs * per_epoch
+        step, due = state.global_step, state.global_step - state.global_step % (self.every_steps or 1)
+        if state.is_world_process_zero:
+            for path in self._folder.glob(FILE.format(step="*")):
+                if int(path.stem.partition("-")[2]) > step:
+                    path.unlink()
+        if due == 0:
+            self._write(0)
+        elif self._path(due).exists():
+            self._use([self._with_texts(one) for one in read_lists(self._path(due))])
+        elif due == step:  # the run had ended here, and had no use for new lists
+            self._refresh(step)
+        else:
+            raise FileNotFoundError(
+                f"{self._path(due)} is missing: it has the lists of step {due}; resume in the folder of the first run"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % (self.every_steps or 1) == 0 and state.global_step < state.max_steps:
+            self._refresh(state.global_step)
+
+    # --- what ---------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, step: int) -> None:
+        start, before = time.perf_counter(), self.lists
+        found = {one.query_id: one for one in self._mined(step).lists if self._long_enough(one)}
+        self._use([found.get(one.query_id, one) for one in before])
+        self.trainer.relist = self.rows
+        self._write(step)
+        new = [
+            document_id not in old.document_ids
+            for old, one in zip(before, self.lists, strict=True)
+            for document_id, gain in zip(one.document_ids, one.gains, strict=True)
+            if gain <= 0
+        ]
+        kept = sum(one.query_id not in found for one in before)
+        self.trainer.log(
+            {
+                "refresh/changed": sum(new) / max(1, len(new)),
+                "refresh/kept": kept / len(before),
+                "refresh/seconds": time.perf_counter() - start,
+            }
+        )
+
+    def _mined(self, step: int) -> Mined:
+        dense = DenseRetriever(self.trainer.model, self.task.corpus, batch_size=self.batch_size, name=f"dense@{step}")
+        settings = {**self.settings, "seed": self.settings.get("seed", 0) + step}
+        return mine(self.task, [dense, *self.retrievers], **settings)
+
+    def _long_enough(self, one: CandidateList) -> bool:
+        return len(one.document_ids) >= (self.trainer.args.places or 1)
+
+    def _use(self, lists: list[CandidateList]) -> None:
+        self.lists = lists
+        self._rows = self.trainer.checked_rows(to_rows(lists), "mined")
+        self._place = {row: place for place, row in enumerate(self._rows["row"])}
+
+    def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of the lists in use, by their numbers."""
+        return [self._rows[self._place[number]] for number in numbers]
+
+    def _current(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = self.rows(batch["row"])
+        return {name: [row[name] for row in rows] for name in self._rows.column_names}
+
+    # --- on disk ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.trainer.args.output_dir) / FOLDER
+
+    def _path(self, step: int) -> Path:
+        return self._folder / FILE.format(step=step)
+
+    def _write(self, step: int) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        redacted = [replace(one, query="", documents=[""] * len(one.documents)) for one in self.lists]
+        write_lists(self._path(step), redacted if self.trainer.args.redact else self.lists)
+
+    def _with_texts(self, one: CandidateList) -> CandidateList:
+        documents = [self.task.corpus[document_id] for document_id in one.document_ids]
+        return replace(one, query=self.task.queries[one.query_id], documents=documents)
+
+    # --- refused ------------------------------------------------------------------------------------------------------
+
+    def _check_lists(self, rows: Any) -> None:
+        for one in self.lists:
+            if one.query_id not in self.task.queries:
+                raise ValueError(f"the task lacks query {one.query_id} of the lists; give the task they were mined for")
+        for row in rows.select_columns(["row", "query", "documents"]):
+            number = row["row"]
+            if number >= len(self.lists) or self.lists[number].query != row["query"]:
+                raise ValueError(
+                    f"train row {number} is not list {number}; make the train set of the same lists, to_rows(lists)"
+                )
+            if self.lists[number].documents != row["documents"]:
+                raise ValueError(
+                    f"train row {number} (query {self.lists[number].query_id}) has other documents than its list; make "
+                    "the train set of the same lists, to_rows(lists)"
+                )
+
+    def _check_settings(self) -> None:
+        """Try them on one query, without the model."""
+        one = self.task.only([self.lists[0].query_id])
+        empty = RunRetriever({}, "dense@0")
+        try:
+            mine(one, [empty, *self.retrievers], **self.settings)
+        except TypeError as error:
+            raise ValueError(f"settings of mine: {error}") from None
+        places, longest = self.trainer.args.places or 1, self.settings.get("n_documents", 16)
+        if longest < places:
+            raise ValueError(f"n_documents={longest} is shorter than the objective's k={places}; raise it, or lower k")
+
+
+def _check_trainer(trainer: RankingTrainer) -> None:
+    args = trainer.args
+    if trainer.loss.kind != "bi_encoder":
+        raise ValueError(f"the corpus is searched with a bi-encoder, and this trainer has a {trainer.loss.kind}")
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise ValueError("the lists of a stream cannot be mined again; train on a list or a Dataset")
+    if args.dataloader_num_workers > 0:
+        raise ValueError("workers that load data keep the old lists; set dataloader_num_workers=0")
+    if args.kl_weight or trainer.loss.teacher:
+        raise ValueError(
+            "kl_weight and objectives with a teacher need a score for each document, and mined ones have none; use "
+            "another loss_type"
+        )

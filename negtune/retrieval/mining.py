@@ -8,8 +8,9 @@ relevant, as no retriever found it.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ class CandidateList:
         gains: of the judgements, 0 where there is none.
         judged: False where the gain is 0 for want of a judgement.
         ranks: retriever name to ranks from 1, None where it did not find the document.
-        scores: the same for its scores.
+        scores: the same for its scores, and for those of `retrieval.negatives.add_scores`, which have no ranks.
         added: positives that no retriever found.
         ideal_gains: of all relevant documents of the query, in the list or not, highest first.
+        relabelled: `verdict:judge` where gain and judgement are those of `retrieval.relabel`, else None.
     """
 
     query_id: str
@@ -43,6 +45,11 @@ class CandidateList:
     scores: dict[str, list[float | None]]
     added: list[bool]
     ideal_gains: list[float]
+    relabelled: list[str | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.relabelled:
+            object.__setattr__(self, "relabelled", [None] * len(self.document_ids))
 
     @property
     def guaranteed(self) -> bool:
@@ -60,6 +67,10 @@ class Mined:
         missing: query id to positives that are in no list: not retrieved, without text, or beyond `max_positives`.
         duplicates: query id to documents left out because a positive or an earlier candidate has the same text.
         short: ids of queries whose list has fewer than `n_documents`.
+        dropped: query id to {document: what took it out}, by the steps after `mine` (`retrieval.negatives`,
+            `retrieval.relabel`).
+        unfiltered: rule to ids of queries whose list it left as it was, since a positive's score was missing.
+        unscored: rule to how many negatives it left in, since their scores were missing.
     """
 
     lists: list[CandidateList]
@@ -67,9 +78,21 @@ class Mined:
     missing: dict[str, list[str]] = field(default_factory=dict)
     duplicates: dict[str, list[str]] = field(default_factory=dict)
     short: list[str] = field(default_factory=list)
+    dropped: dict[str, dict[str, str]] = field(default_factory=dict)
+    unfiltered: dict[str, list[str]] = field(default_factory=dict)
+    unscored: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """How many there are of each, for a log."""
+        """How many there are of each, for a log; what only later steps do is there where they did it."""
+        reasons = Counter(reason for documents in self.dropped.values() for reason in documents.values())
+        verdicts = Counter(said for one in self.lists for said in one.relabelled if said is not None)
+        later = {
+            **{f"dropped/{reason}": number for reason, number in sorted(reasons.items())},
+            **{f"unfiltered_lists/{rule}": len(ids) for rule, ids in self.unfiltered.items()},
+            **{f"unscored_negatives/{rule}": number for rule, number in self.unscored.items()},
+            **{f"relabelled/{said}": number for said, number in sorted(verdicts.items())},
+        }
+        without = sum(all(gain > 0 for gain in one.gains) for one in self.lists)
         return {
             "lists": len(self.lists),
             "lists_with_added_positives": sum(one.guaranteed for one in self.lists),
@@ -81,6 +104,8 @@ class Mined:
             "negatives_judged": sum(
                 gain == 0 and known for one in self.lists for gain, known in zip(one.gains, one.judged, strict=True)
             ),
+            **({"lists_without_negative": without} if without else {}),
+            **later,
         }
 
 
@@ -152,6 +177,17 @@ def mine(
             mined.short.append(query_id)
         mined.lists.append(_candidate_list(task, query_id, document_ids, pool, [one.name for one in retrievers]))
     return mined
+
+
+def picked(one: CandidateList, places: Sequence[int]) -> CandidateList:
+    """The list with the documents at these places (from 0) only, in the order given."""
+    columns = ("document_ids", "documents", "gains", "judged", "added", "relabelled")
+    return replace(
+        one,
+        **{name: [getattr(one, name)[i] for i in places] for name in columns},
+        ranks={name: [values[i] for i in places] for name, values in one.ranks.items()},
+        scores={name: [values[i] for i in places] for name, values in one.scores.items()},
+    )
 
 
 def write_lists(path: str | Path, lists: Iterable[CandidateList]) -> None:

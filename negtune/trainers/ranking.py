@@ -47,6 +47,9 @@ PROGRESS = (
     ("policy/uniformity", "uniformity", "{:.3f}"),
     ("positive/score", "positives", "{:.2f}"),
     ("negative/score", "negatives", "{:.2f}"),
+    ("weight/negative_p10", "w- p10", "{:.2f}"),
+    ("weight/negative_p90", "w- p90", "{:.2f}"),
+    ("selection/loss", "selection", "{:.4f}"),
     ("grad_norm", "grad norm", "{:.2f}"),
 )
 
@@ -77,8 +80,10 @@ class RankingTrainer(BaseTrainer):
     """
 
     training_args_class = RankingConfig
+    ranking_loss = RankingLoss
     loss_is_scaled_for_ga = False
     step_is_empty = False
+    reads_provenance = False
     _evaluated: set[int]
     _step: dict[str, Any]
 
@@ -102,7 +107,13 @@ class RankingTrainer(BaseTrainer):
             "teacher": args.needs_teacher and objective is None,
         }
         gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
-        self._rows_of = _Rows(**settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact)
+        self._rows_of = _Rows(
+            **settings,
+            scored=gainless,
+            keep=reward_fn is not None,
+            provenance=self.reads_provenance,
+            in_memory=args.redact,
+        )
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
@@ -118,7 +129,7 @@ class RankingTrainer(BaseTrainer):
                     room(rows.select_columns(["row", "query"]), name)
         check_output_folder(args.output_dir, checkpoint_bytes(model) if args.save_strategy != "no" else 0)
         self._sums = MetricSums()
-        loss = RankingLoss(
+        loss = self.ranking_loss(
             model,
             args.loss_type,
             **{"scale": args.scale, "in_batch": args.in_batch, "objective": objective},
@@ -279,9 +290,13 @@ class RankingTrainer(BaseTrainer):
                 keep = torch.tensor(fresh, device=inputs["rows"].device).unsqueeze(-1)
                 inputs["lists"]["mask"] = inputs["lists"]["mask"] & keep
 
-    @torch.no_grad()
     def _with_start_scores(self, rows: Any) -> Any:
         """Rows with the scores of the model as it is now, without dropout."""
+        return rows.add_column("start_scores", self._scores_of(rows))
+
+    @torch.no_grad()
+    def _scores_of(self, rows: Any) -> list[list[float]]:
+        """Of the documents of each row, in eval mode."""
         training = self.model.training
         self.model.eval()
         found: list[list[float]] = []
@@ -292,7 +307,7 @@ class RankingTrainer(BaseTrainer):
             scores = self.loss.scores(batch["features"], lists)
             found += [row[keep].tolist() for row, keep in zip(scores, lists.mask, strict=True)]
         self.model.train(training)
-        return rows.add_column("start_scores", found)
+        return found
 
     # --- what a person sees -------------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ def uniform(scores, gains, mask, s):
 
 
 def known(scores, gains, mask, s):
-    return cet(scores, gains, mask, mode="ips", propensities=s)
+    return cet(scores, gains, mask, mode="ips_posterior", propensities=s)
 
 
 def posterior(scores, gains, mask, s):
@@ -102,7 +102,7 @@ def posterior(scores, gains, mask, s):
 
 
 def inverse(scores, gains, mask, s):
-    return cet(scores, gains, mask, mode="ips", propensities=s, judged=mask)
+    return cet(scores, gains, mask, mode="ips", propensities=s)
 
 
 def test_known_propensities_find_what_the_labels_hide():

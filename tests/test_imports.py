@@ -16,6 +16,7 @@ EXTRAS = [
 ]
 NEED_SENTENCE_TRANSFORMERS = {
     *("negtune._st_compat", "negtune.retrieval.asymmetric", "negtune.retrieval.evaluation", "negtune.retrieval.losses"),
+    *("negtune.retrieval.coupled", "negtune.trainers.coupled", "negtune.trainers.coupled_config"),
     *("negtune.trainers.ranking", "negtune.trainers.ranking_config"),
 }
 

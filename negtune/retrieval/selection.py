@@ -48,12 +48,12 @@ class FeatureSelection(nn.Module):
         if n_features < 1 or hidden < 0:
             raise ValueError(f"need at least one feature and hidden >= 0, got {n_features} and {hidden}")
         self.n_features, self.hidden = n_features, hidden
-        self.last = nn.Linear(hidden or n_features, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, BIAS)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.first = nn.Sequential(nn.Linear(n_features, hidden), nn.ReLU()) if hidden else nn.Identity()
+            self.last = nn.Linear(hidden or n_features, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, BIAS)
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("deviation", torch.ones(n_features))
 

@@ -429,7 +429,7 @@ class CoupledTrainer(RankingTrainer):
                         self._coupled.add_ratio(f"selection/{name.replace('/', '_')}", total, count)
             logs.update(self._coupled.flush())
             if self.level is not None:
-                logs["level"] = float(self.level.bias)
+                logs["level"] = self.level.bias.item()
         super().log(logs, start_time)
 
 

@@ -227,7 +227,7 @@ def by_labels(tmp_path_factory):
     ("mode", "column", "share"),
     [
         ("em", "selection_features", 0.25),  # -.16
-        ("em", "selection_propensity", 0.0),  # -1.2
+        pytest.param("em", "selection_propensity", 0.0, marks=pytest.mark.slow),  # -1.2
         ("ips_posterior", "selection_propensity", 0.25),  # -.01
         pytest.param("ips", "selection_propensity", 0.5, marks=pytest.mark.slow),  # .22
         pytest.param("posterior", "selection_features", 0.9, marks=pytest.mark.slow),  # .78

@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from negtune.data.completions import RowError
 from negtune.losses.debiased import em_relevance
-from negtune.retrieval.selection import FeatureSelection
+from negtune.retrieval.selection import BIAS, FeatureSelection
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer, CoupledWarning
 from tests.launching import run_script
 from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
@@ -256,10 +256,10 @@ EXACT = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 
 @pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
 @pytest.mark.parametrize("mode", ["official", "em", "ips_posterior"])
 def test_micro_batches_and_accumulation_change_nothing(tmp_path, mode):
-    """Weights are normalised over the step; lists are of unequal length."""
+    """Weights are normalised over the step; lists are of unequal length, the second step is a query short."""
     found, logs = [], []
     for batch in (8, 2):
-        data = rows(16, documents=6, shorter=True)
+        data = rows(15, documents=6, shorter=True)
         data = with_features(data) if mode == "em" else with_propensities(data) if mode == "ips_posterior" else data
         relevance, selection = (model.double() for model in two_cross_encoders(tmp_path))
         accumulated = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
@@ -414,19 +414,16 @@ def test_the_level_starts_at_the_share_of_labels_and_is_trained(tmp_path):
     trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, data, mode="em", max_steps=1, learning_rate=0.0)
     scores = torch.tensor(trainer._scores_of(list(trainer.train_dataset)))
     assert torch.sigmoid(scores + trainer.level.bias).mean().item() == pytest.approx(64 / 192, abs=0.01)
-    settings = {"mode": "em", "max_steps": 1, "learning_rate": 0.0, "selection_learning_rate": 0.1, "optim": "sgd"}
-    trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, data, max_grad_norm=0.0, warmup_steps=0, **settings)
-    first, batch = float(trainer.level.bias), next(iter(trainer.get_train_dataloader()))
-    trainer.train()
-    logits = trainer._selection_logits(batch["provenance"], trainer_lists(batch))
-    assert float(trainer.level.bias) != first
-    assert logits.isfinite().all()
-
-
-def trainer_lists(batch):
-    from negtune.trainers.ranking import _lists
-
-    return _lists(batch)
+    start, chances = float(trainer.level.bias), torch.tensor(BIAS).sigmoid()  # of selection, everywhere
+    settings = {"mode": "em", "max_steps": 1, "learning_rate": 0.0, "selection_learning_rate": 0.5, "optim": "sgd"}
+    settings |= {"max_grad_norm": 0.0, "warmup_steps": 0, "per_device_train_batch_size": 32}
+    trainer = train(bi_encoder(tmp_path / "model"), tmp_path, data, **settings)
+    gains, judged = (torch.tensor([row[name] for row in data]) for name in ("gains", "judged"))
+    r = torch.sigmoid(scores + start)
+    hidden = r * (1 - chances) / (1 - r * chances)
+    target = torch.where(gains > 0, 1.0, torch.where(judged, 0.0, hidden))
+    assert float(trainer.level.bias) == pytest.approx(start - 0.5 * float((r - target).mean()), abs=1e-6)
+    assert abs(float(trainer.level.bias) - start) > 1e-3
 
 
 def test_evaluation_takes_labels_as_they_are_and_needs_no_provenance(tmp_path):

@@ -58,7 +58,8 @@ def expected_gains(
     labels leave open, LambdaRank weighs exchanges by it.
 
     Take the logits from a model that was trained to them, by `em_relevance`: a ranker that is rewarded with its own
-    opinion confirms itself.
+    opinion confirms itself. In the simulation of `cet`, where `pg_rank` on labels gave .717 of true nDCG@10, its own
+    opinion gave .596 and true log-odds .914.
     """
     unknown = ~judged & (gains <= 0)
     return torch.where(unknown, hidden_relevance(relevance, selection), at_least_float32(gains))
@@ -196,8 +197,11 @@ def cet(
       is let go. A negative that was judged keeps 1.
     - `ratio`: w_p = max_d s_d / s_p: rarely selected positives count more; negatives are all believed.
     - `ips`: s is known. w_p = 1/s_p; negatives are all believed.
-    - `ips_posterior`: s is known. w_p as in `ips` and w_n as in `posterior`. On simulated pools either alone brings
-      about half of what both do (tests/losses/test_debiased_training.py).
+    - `ips_posterior`: s is known. w_p as in `ips` and w_n as in `posterior`.
+
+    On simulated pools whose selection is known, and where the ranker reads what it depends on, labels alone gave .717
+    of true nDCG@10, `official` .725, `ratio` and `ips` .778, `posterior` .840, `ips_posterior` .887 and `em_relevance`
+    .895: letting hidden positives go is worth more than weighing positives up (tests/losses/test_debiased_training.py).
 
     The level of the scores is not in any pair, and the posterior modes read it as the log-odds of relevance: start from
     a calibrated model, or add `em_relevance`, which learns it.
@@ -266,7 +270,8 @@ def em_relevance(
     The gradient on an unlabelled document is sigma(score) minus the probability that it is a hidden positive: where
     nothing is selected it is 0. It is the gradient of -log P(l), so that both models together climb the likelihood.
     Relevance and selection cannot be told apart where both models see the same: give one something that the other
-    does not have.
+    does not have. In the simulation of `cet`, beside an `em_selection` that reads only what selection depends on, it
+    gave .889, beside one that reads everything .566, less than labels alone.
 
     Args:
         scores, selection: logits of the two models; selection that is known: the logit of its probability.

@@ -10,13 +10,32 @@ from torch import Tensor, nn
 from negtune.losses.debiased import soft_labels, weighed_pairs
 from negtune.retrieval.losses import RankingLoss
 
+LEVEL_RATE, LEVEL_MOST = 0.25, 0.5
+"""Of a Newton step of the level, the part that is taken, and the most."""
+
 
 class Level(nn.Module):
-    """What is added to scores to make them log-odds."""
+    """What is added to scores to make them log-odds: the intercept of `em_relevance`, fitted beside the ranker.
+
+    It has no part in gradients. Scores of a ranker that is trained on pairs move by several units within a few steps,
+    and a level that an optimiser moves stays behind them; Newton's steps do not.
+    """
+
+    bias: Tensor
 
     def __init__(self, bias: float) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.register_buffer("bias", torch.tensor(bias))
+
+    def move(self, lacking: float, slope: float) -> None:
+        """Part of a Newton step.
+
+        Args:
+            lacking: sum of P(relevant) of the targets minus sigmoid(score + level).
+            slope: sum of the variances r (1 - r).
+        """
+        step = LEVEL_RATE * lacking / max(slope, 1e-12)
+        self.bias += min(max(step, -LEVEL_MOST), LEVEL_MOST)
 
 
 class CoupledObjective:
@@ -26,8 +45,7 @@ class CoupledObjective:
         soft: which of the two.
 
     Attributes:
-        level: added to scores, for soft labels; it takes no gradient from here, since GradCache would give it one in
-            its first pass, which nothing divides.
+        level: added to scores, for soft labels.
     """
 
     def __init__(self, *, soft: bool) -> None:
@@ -46,7 +64,7 @@ class CoupledObjective:
         """Without weights all weigh the same, without targets labels are taken as they are."""
         if not self.soft:
             return weighed_pairs(scores, gains, mask, weights=torch.ones_like(scores) if weights is None else weights)
-        shifted = scores if self.level is None else scores + self.level.bias.detach()
+        shifted = scores if self.level is None else scores + self.level.bias
         return soft_labels(shifted, gains, mask, targets=(gains > 0).to(scores) if targets is None else targets)
 
 

@@ -29,7 +29,6 @@ from negtune.losses.debiased import (
     pair_means,
     relevance_targets,
     selection_targets,
-    soft_labels,
 )
 from negtune.losses.ranking import sides
 from negtune.models.policy import disable_dropout
@@ -64,7 +63,8 @@ class CoupledTrainer(RankingTrainer):
 
     In the modes that read a score as log-odds of relevance (`posterior`, `ips_posterior`, `em`) a number, the level, is
     added to it: it starts where the mean of sigmoid(score + level) is the share of documents that are labelled in the
-    first lists, and is trained by `em_relevance`. P(relevant) of the trained model is sigmoid(scale * score + level).
+    first lists, and follows the scores by Newton's steps of `em_relevance`, one before each step of the models, from
+    the same scores. P(relevant) of the trained model is sigmoid(scale * score + level).
 
     Lists without a labelled document are left out, in mode `em` too. Queries of the step are averaged as by
     `RankingTrainer`. Evaluation weighs nothing and takes labels as they are: `eval_loss` compares with other trainers.
@@ -216,29 +216,30 @@ class CoupledTrainer(RankingTrainer):
         share = (sum(labels) + 0.5) / (len(labels) + 1)  # neither 0 nor 1
         return matching_level(scores, share)
 
-    def _beside(self) -> dict[str, nn.Module]:
-        """What is trained beside the ranker."""
-        modules = {"selection": self.selection, "level": self.level}
-        return {name: module for name, module in modules.items() if module is not None}
+    def _move_level(self, found: Sequence[Tensor]) -> None:
+        """By what targets lack and by variances, summed over the documents of the step, of all processes."""
+        if self.level is not None:
+            total = self.accelerator.reduce(torch.stack(list(found)).sum(0).to(self.args.device), "sum")
+            self.level.move(*total.tolist())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not new:
+        if not new or self.selection is None:
             return optimizer
         rate = self.args.selection_learning_rate
-        for module in self._beside().values():
-            decayed = set(self.get_decay_parameter_names(module)) if module is self.selection else set()
-            for decay in (True, False):
-                parameters = [p for n, p in module.named_parameters() if p.requires_grad and (n in decayed) == decay]
-                if parameters:
-                    optimizer.add_param_group(
-                        {
-                            "params": parameters,
-                            "lr": self.args.learning_rate if rate is None else rate,
-                            "weight_decay": self.args.weight_decay if decay else 0.0,
-                        }
-                    )
+        decayed = set(self.get_decay_parameter_names(self.selection))
+        for decay in (True, False):
+            named = self.selection.named_parameters()
+            parameters = [p for n, p in named if p.requires_grad and (n in decayed) == decay]
+            if parameters:
+                optimizer.add_param_group(
+                    {
+                        "params": parameters,
+                        "lr": self.args.learning_rate if rate is None else rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                )
         return optimizer
 
     def get_train_dataloader(self) -> Any:
@@ -256,6 +257,7 @@ class CoupledTrainer(RankingTrainer):
         if batches:
             with self._as_searched():
                 found = [self._opinions(self._prepare_inputs(batch)) for batch in batches]
+            self._move_level([opinion.pop("level") for opinion in found])
             for side in ("relevance", "selection"):
                 if self.args.normalizes and "weights" in found[0].get(side, {}):
                     self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
@@ -270,18 +272,19 @@ class CoupledTrainer(RankingTrainer):
         """Both models as they will be used: in eval mode, without gradient; not wrapped, since DDP counts calls."""
         wrapped, training = self.loss.model, self.model.training
         self.loss.model = self.model
-        for module in (self.model, *self._beside().values()):
+        both = [self.model] if self.selection is None else [self.model, self.selection]
+        for module in both:
             module.eval()
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
                 yield
         finally:
             self.loss.model = wrapped
-            for module in (self.model, *self._beside().values()):
+            for module in both:
                 module.train(training)
 
-    def _opinions(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-        """`relevance` and `selection`: what their objectives take; `level`: held scores and targets."""
+    def _opinions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`relevance` and `selection`: what their objectives take; `level`: what moves it."""
         lists, provenance, args = _lists(batch), batch["provenance"], self.args
         scores = self.loss.scores(batch["features"], lists)
         gains, mask, judged = lists.gains, lists.mask, provenance["judged"]
@@ -290,7 +293,7 @@ class CoupledTrainer(RankingTrainer):
         labels, seen = (gains > 0).to(scores), ((gains > 0) | judged).to(scores)
         uniform = self.state.global_step < args.uniform_steps
         hoped = labels if uniform or selection is None else relevance_targets(gains, judged, relevance, selection)
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, Any] = {}
         if args.mode == "em":
             found["relevance"] = {"targets": hoped}
         elif uniform:
@@ -307,8 +310,8 @@ class CoupledTrainer(RankingTrainer):
         elif self.selection is not None:
             targets = seen if uniform else selection_targets(gains, judged, relevance, selection)
             found["selection"] = {"targets": targets}
-        if self.level is not None:
-            found["level"] = {"scores": scores, "targets": hoped}
+        r = torch.sigmoid(relevance[mask].double())
+        found["level"] = torch.stack([(hoped[mask] - r).sum(), (r * (1 - r)).sum()])
         return found
 
     def _selection_logits(self, provenance: Mapping[str, Any], lists: Lists) -> Tensor | None:
@@ -337,52 +340,42 @@ class CoupledTrainer(RankingTrainer):
         """The sum of the losses of all that is trained; none has a gradient in what is another's."""
         loss = super().compute_loss(model, inputs)
         if torch.is_grad_enabled() and "coupled" in inputs:
-            parts = {"relevance/loss": loss, **self._losses_beside(inputs)}
-            for name, part in parts.items():
-                self._coupled.add_ratio(name, float(part.detach()), 1)
-            loss = torch.stack([part.to(loss) for part in parts.values()]).sum()
+            self._coupled.add_ratio("relevance/loss", float(loss.detach()), 1)
+            if self.selection_loss is not None:
+                own = self._loss_beside(inputs)
+                self._coupled.add_ratio("selection/loss", float(own.detach()), 1)
+                loss = loss + own.to(loss)
         return (loss, {}) if return_outputs else loss
 
-    def _losses_beside(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        lists, coupled, found = _lists(inputs), inputs["coupled"], {}
-        if self.selection_loss is not None:
-            self.selection_loss.train()
-            more = {"more": coupled["selection"]}
-            try:
-                provenance = inputs["provenance"]
-                found["selection/loss"] = self.selection_loss(
-                    provenance["features"], replace(_of_selection(lists, provenance), **more)
-                )
-            except NonFiniteScoresError:
-                found["selection/loss"] = torch.tensor(float("nan"))
-            rows = {"queries": inputs["rows"].tolist()} if "rows" in inputs else {}
-            stop_if_not_finite(self, found["selection/loss"], {}, rows)
-        if self.level is not None:
-            held = coupled["level"]["scores"] + self.level.bias
-            losses = soft_labels(held, lists.gains, lists.mask, targets=coupled["level"]["targets"])
-            found["level/loss"] = lists.mean(losses, self.loss.counted(lists))
-        return found
+    def _loss_beside(self, inputs: Mapping[str, Any]) -> Tensor:
+        lists, provenance = _of_selection(_lists(inputs), inputs["provenance"]), inputs["provenance"]
+        self.selection_loss.train()
+        try:
+            loss = self.selection_loss(provenance["features"], replace(lists, more=inputs["coupled"]["selection"]))
+        except NonFiniteScoresError:
+            loss = torch.tensor(float("nan"))
+        stop_if_not_finite(self, loss, {}, {"queries": inputs["rows"].tolist()})
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for module in self._beside().values():  # DDP does this for the ranker
-                for parameter in module.parameters():
-                    if parameter.requires_grad:
-                        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                        parameter.grad = self.accelerator.reduce(own, "mean")
+        several = self.accelerator.sync_gradients and self.accelerator.num_processes > 1
+        for parameter in self.selection.parameters() if several and self.selection is not None else ():
+            if parameter.requires_grad:  # for the ranker DDP does it
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, "mean")
         return loss
 
     def before_step(self) -> None:
-        """Clip what the host does not see, each by itself; an empty step moves it no more than the ranker."""
-        most = self.args.max_grad_norm or float("inf")
-        for name, module in self._beside().items():
-            if self.step_is_empty:
-                for parameter in module.parameters():
-                    parameter.grad = None
-                continue
-            norm = nn.utils.clip_grad_norm_(module.parameters(), most)
-            self._coupled.add_ratio(f"{name}/grad_norm", float(norm), 1)
+        """Clip what the host does not see, by itself; an empty step moves it no more than the ranker."""
+        if self.selection is None:
+            return
+        if self.step_is_empty:
+            for parameter in self.selection.parameters():
+                parameter.grad = None
+            return
+        norm = nn.utils.clip_grad_norm_(self.selection.parameters(), self.args.max_grad_norm or float("inf"))
+        self._coupled.add_ratio("selection/grad_norm", float(norm), 1)
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -396,8 +389,8 @@ class CoupledTrainer(RankingTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         folder = Path(checkpoint_path)
-        for name, file in (("selection", SELECTION), ("level", LEVEL)):
-            if name in self._beside() and not (folder / file).exists():
+        for wanted, file in ((self.selection, SELECTION), (self.level, LEVEL)):
+            if wanted is not None and not (folder / file).exists():
                 raise OSError(f"{folder} has no {file}; it was not written by a CoupledTrainer with these settings")
         super()._load_from_checkpoint(checkpoint_path)
         if isinstance(self.selection, FeatureSelection):

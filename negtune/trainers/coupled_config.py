@@ -47,7 +47,7 @@ class CoupledConfig(RankingConfig):
     )
     selection_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Of the selection model and the level of relevance; features want 1e-2. Default: the same."},
+        metadata={"help": "Of the selection model; features want 1e-2. Default: the same."},
     )
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from negtune.rollouts.vllm import VLLMSampler as VLLMSampler
     from negtune.trainers.advantage import AdvantageConfig as AdvantageConfig
     from negtune.trainers.advantage import AdvantageTrainer as AdvantageTrainer
+    from negtune.trainers.coupled import CoupledConfig as CoupledConfig
+    from negtune.trainers.coupled import CoupledTrainer as CoupledTrainer
     from negtune.trainers.grpo import StepGRPOConfig as StepGRPOConfig
     from negtune.trainers.grpo import StepGRPOTrainer as StepGRPOTrainer
     from negtune.trainers.preference import PreferenceConfig as PreferenceConfig
@@ -43,6 +45,8 @@ _HOMES = {
     "AdvantageConfig": "negtune.trainers.advantage",
     "AdvantageTrainer": "negtune.trainers.advantage",
     "CodeVerifier": "negtune.verifiers.code",
+    "CoupledConfig": "negtune.trainers.coupled",
+    "CoupledTrainer": "negtune.trainers.coupled",
     "ExactVerifier": "negtune.verifiers.exact",
     "HFSampler": "negtune.rollouts.hf",
     "MathVerifier": "negtune.verifiers.math",
@@ -72,6 +76,8 @@ __all__ = [
     "AdvantageConfig",
     "AdvantageTrainer",
     "CodeVerifier",
+    "CoupledConfig",
+    "CoupledTrainer",
     "ExactVerifier",
     "HFSampler",
     "MathVerifier",

@@ -7,7 +7,9 @@ have
 - `judged`, one for each document: whether its gain is known, or 0 for want of a judgement;
 - `ideal_gains` of all relevant documents of the query, also of those that the list lacks;
 - `teacher_scores`, one for each document;
-- `positives` that have to be in the list: texts or, beside `document_ids`, ids.
+- `positives` that have to be in the list: texts or, beside `document_ids`, ids;
+- where its documents come from, for `CoupledTrainer`: `selection_features`, for each document as many numbers, or
+  `selection_propensity`, for each the probability (above 0, at most 1) that it was selected for judging.
 
 Texts are compared by `retrieval.text_key`: white space makes no difference.
 """
@@ -27,14 +29,15 @@ from negtune.data.retrieval import text_key
 
 logger = logging.getLogger(__name__)
 
-_RULES = 2  # of this file: rows checked by other rules are not read from a cache
+_RULES = 3  # of this file: rows checked by other rules are not read from a cache
 COUNTED = "negtune_counted"
 """Column of checked rows: whether the list says something."""
 LEFT_OUT = "negtune_left_out"
 """Column of a stream's checked rows: queries that say nothing and were left out between the row before and this one."""
 PATIENCE = 1000
 """Queries of a stream that are left out one after another before it is told of."""
-OPTIONAL = ("ideal_gains", "teacher_scores")
+PROVENANCE = ("selection_features", "selection_propensity")
+OPTIONAL = ("ideal_gains", "teacher_scores", *PROVENANCE)
 """Columns that a batch has for all of its lists or for none."""
 
 
@@ -46,6 +49,7 @@ def candidate_rows(
     teacher: bool = False,
     scored: bool = False,
     keep: bool = False,
+    provenance: bool = False,
     in_memory: bool = False,
 ) -> Any:
     """Checked rows, those that say nothing left out and counted.
@@ -58,6 +62,8 @@ def candidate_rows(
         scored: a reward function or a teacher scores, and gains are not read: `gains` may be absent, and lists without
             a relevant document stay.
         keep: keep the other columns, for a reward function. In a stream they have the types of the first row.
+        provenance: keep `judged` (False where it is not given), and `selection_features` and `selection_propensity` if
+            given.
         in_memory: keep the rows out of the Arrow cache on disk (private data).
 
     Returns:
@@ -69,15 +75,22 @@ def candidate_rows(
     """
     import datasets
 
-    given: dict[str, bool] = {}  # by the first row
+    given: dict[str, Any] = {}  # by the first row
     streamed, left_out = isinstance(data, datasets.IterableDataset), 0
 
     def convert(row: Any, index: int) -> dict[str, Any]:
         row = {field.name: getattr(row, field.name) for field in fields(row)} if is_dataclass(row) else row
-        checked = checked_row(row, f"{name} row {index}", k=k, teacher=teacher, scored=scored)
+        checked = checked_row(row, f"{name} row {index}", k=k, teacher=teacher, scored=scored, provenance=provenance)
         for column in OPTIONAL:
             if given.setdefault(column, column in checked) != (column in checked):
                 raise RowError(f"{name} row {index}: some rows have {column} and others not; give them in all or none")
+        if (features := checked.get("selection_features")) and given.setdefault("width", len(features[0])) != len(
+            features[0]
+        ):
+            raise RowError(
+                f"{name} row {index}: its documents have {len(features[0])} selection_features and those of the first "
+                f"row {given['width']}; give the same ones in all rows"
+            )
         others = {key: value for key, value in row.items() if key not in checked} if keep else {}
         counted = scored or any(gain > 0 for gain in checked["gains"])
         found = {**others, **checked, "row": index, COUNTED: counted}
@@ -93,7 +106,7 @@ def candidate_rows(
 
     if data is None:
         raise RowError(f"the {name} set is missing: pass rows with query, documents and gains")
-    rows = convert_rows(data, convert, ["candidates", _RULES, name, k, teacher, scored, keep], in_memory)
+    rows = convert_rows(data, convert, ["candidates", _RULES, name, k, teacher, scored, keep, provenance], in_memory)
     if streamed:
         first = next(iter(rows), None)
         if first is None:
@@ -114,14 +127,20 @@ def candidate_rows(
 
 
 def checked_row(
-    row: Mapping[str, Any], where: str, *, k: int | None = None, teacher: bool = False, scored: bool = False
+    row: Mapping[str, Any],
+    where: str,
+    *,
+    k: int | None = None,
+    teacher: bool = False,
+    scored: bool = False,
+    provenance: bool = False,
 ) -> dict[str, Any]:
     """The columns that training reads.
 
     Args:
         row: see the top of the file.
         where: its place, for messages; its `query_id` is added.
-        k, teacher, scored: see `candidate_rows`.
+        k, teacher, scored, provenance: see `candidate_rows`.
 
     Raises:
         RowError: a column is missing, empty, of the wrong length or no number, an id or a text occurs twice, a positive
@@ -152,7 +171,7 @@ def checked_row(
         found["teacher_scores"] = _numbers(row["teacher_scores"], "teacher_scores", where, names)
     ids = () if row.get("document_ids") is None else names
     _check_positives(row.get("positives") or (), {*ids, *texts}, where)
-    return found
+    return {**found, **_checked_provenance(row, where, names)} if provenance else found
 
 
 def _checked_documents(row: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
@@ -171,6 +190,36 @@ def _checked_documents(row: Mapping[str, Any], where: str) -> tuple[list[str], l
     texts = [text_key(document) for document in documents]
     _refuse_twice(texts, names, "are the same text and would share its probability", where)
     return names, texts
+
+
+def _checked_provenance(row: Mapping[str, Any], where: str, names: Sequence[str]) -> dict[str, Any]:
+    judged = [False] * len(names) if row.get("judged") is None else row["judged"]
+    for name, known in zip(names, judged, strict=True):
+        if known not in (True, False):
+            raise RowError(f"{where}: judged of document {name} is {known!r}; say True or False")
+    found: dict[str, Any] = {"judged": [bool(known) for known in judged]}
+    if (features := row.get("selection_features")) is not None:
+        _check_length(features, "selection_features", where, len(names))
+        each = [
+            _numbers(values, f"selection_features of document {name}", where, None)
+            for name, values in zip(names, features, strict=True)
+        ]
+        for name, values in zip(names, each, strict=True):
+            if len(values) != len(each[0]) or not values:
+                raise RowError(
+                    f"{where}: document {name} has {len(values)} selection_features and document {names[0]} "
+                    f"{len(each[0])}; give the same ones, at least one, for each"
+                )
+        found["selection_features"] = each
+    if row.get("selection_propensity") is not None:
+        found["selection_propensity"] = _numbers(row["selection_propensity"], "selection_propensity", where, names)
+        for name, chance in zip(names, found["selection_propensity"], strict=True):
+            if not 0 < chance <= 1:
+                raise RowError(
+                    f"{where}: selection_propensity of document {name} is {chance:g}; it is a probability, above 0 and "
+                    "at most 1: what cannot be selected cannot be corrected for"
+                )
+    return found
 
 
 def _refuse_twice(values: Sequence[str], names: Sequence[str], problem: str, where: str) -> None:

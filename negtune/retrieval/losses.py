@@ -15,7 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -71,6 +71,7 @@ class Lists:
             batch is the step.
         left_out: queries that say nothing and that a stream left out before these.
         share: micro-batches of the step times processes: what the host divides by.
+        more: keyword arguments of an objective of one's own, `[B D]` each.
     """
 
     gains: Tensor
@@ -83,6 +84,7 @@ class Lists:
     left_out: int = 0
     total: float | None = None
     share: float = 1.0
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_labels(cls, labels: Tensor, n_queries: int, n_columns: int, *, teacher: bool = False) -> Lists:
@@ -125,6 +127,13 @@ class Lists:
         """[B D]."""
         return (self.gains > 0) & self.mask
 
+    def mean(self, losses: Tensor, counted: Tensor) -> Tensor:
+        """Of the losses of queries that count, both `[B]`, over those of the optimiser step; times `share`."""
+        losses = losses.masked_fill(~counted, 0.0)
+        if self.total is None:
+            return losses.sum() / counted.sum().clamp(min=1)
+        return losses.sum() / max(self.total, 1) * self.share
+
 
 class RankingLoss(CachedLossMixin, nn.Module):
     """Train any sentence-transformers model on lists of documents with an objective of `losses.ranking`.
@@ -145,7 +154,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             passes. None: all at once. Static embeddings cannot be split and are always embedded at once.
         mini_batch_num_tokens: the same, by tokens.
         in_batch: the documents of all queries of the batch are candidates of each, those of others with gain 0.
-        objective: `(scores, gains, mask) -> [Q]` to use instead of the named one.
+        objective: `(scores, gains, mask, **more) -> [Q]` to use instead of the named one; `more` is that of `Lists`.
         reward_fn: for `pg_rank`, `(rankings [N B k], rows) -> rewards [N B]`; see `losses.ranking.pg_rank`.
         loss_kwargs: hyper-parameters of the objective.
 
@@ -334,7 +343,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         if not bool((scores.isfinite() | ~lists.mask).all()):
             raise NonFiniteScoresError("the model's scores are not finite; it has diverged: lower the learning rate")
         if self.objective is not None:
-            losses = self.objective(scores, lists.gains, lists.mask)
+            losses = self.objective(scores, lists.gains, lists.mask, **lists.more)
         elif self.loss_type == "pg_rank":
             found = self._policy_gradient(scores, lists)
             losses = found.loss
@@ -346,10 +355,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             self._track(mode, scores, lists, counted, losses, found)
             if mode == "train" and found is not None:
                 self._watch(found, counted)
-        losses = losses.masked_fill(~counted, 0.0)
-        if lists.total is None:
-            return losses.sum() / counted.sum().clamp(min=1)
-        return losses.sum() / max(lists.total, 1) * lists.share
+        return lists.mean(losses, counted)
 
     def _scored(self, mode: str, counted: Tensor, found: PolicyGradient | None) -> Tensor:
         """Without the queries of which a reward function scored too few rankings."""

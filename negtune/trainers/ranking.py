@@ -47,6 +47,9 @@ PROGRESS = (
     ("policy/uniformity", "uniformity", "{:.3f}"),
     ("positive/score", "positives", "{:.2f}"),
     ("negative/score", "negatives", "{:.2f}"),
+    ("weight/negative_p10", "w- p10", "{:.2f}"),
+    ("weight/negative_p90", "w- p90", "{:.2f}"),
+    ("selection/loss", "selection", "{:.4f}"),
     ("grad_norm", "grad norm", "{:.2f}"),
 )
 
@@ -77,11 +80,13 @@ class RankingTrainer(BaseTrainer):
     """
 
     training_args_class = RankingConfig
+    ranking_loss = RankingLoss
     collator_class = CandidateCollator
     progress = PROGRESS
     wanted = "rows with query, documents and gains"
     loss_is_scaled_for_ga = False
     step_is_empty = False
+    reads_provenance = False
     relist: Callable[[list[int]], list[dict[str, Any]]] | None = None
     """Row numbers to rows, after the lists have changed: the data loader has collated a batch of old ones already."""
     _evaluated: set[int]
@@ -158,11 +163,16 @@ class RankingTrainer(BaseTrainer):
         }
         gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
         return CheckedRows(
-            candidate_rows, **settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact
+            candidate_rows,
+            **settings,
+            scored=gainless,
+            keep=reward_fn is not None,
+            provenance=self.reads_provenance,
+            in_memory=args.redact,
         )
 
     def _make_loss(self, model: Any, args: Any, objective: Any, reward_fn: Any) -> RankingLoss:
-        return RankingLoss(
+        return self.ranking_loss(
             model,
             args.loss_type,
             **{"scale": args.scale, "in_batch": args.in_batch, "objective": objective},
@@ -296,9 +306,13 @@ class RankingTrainer(BaseTrainer):
                 keep = torch.tensor(fresh, device=inputs["rows"].device).unsqueeze(-1)
                 inputs["lists"]["mask"] = inputs["lists"]["mask"] & keep
 
-    @torch.no_grad()
     def _with_start_scores(self, rows: Any) -> Any:
         """Rows with the scores of the model as it is now, without dropout."""
+        return rows.add_column("start_scores", self._scores_of(rows))
+
+    @torch.no_grad()
+    def _scores_of(self, rows: Any) -> list[list[float]]:
+        """Of the documents of each row, in eval mode."""
         training = self.model.training
         self.model.eval()
         found: list[list[float]] = []
@@ -309,7 +323,7 @@ class RankingTrainer(BaseTrainer):
             scores = self.loss.scores(batch["features"], lists)
             found += [row[keep].tolist() for row, keep in zip(scores, lists.mask, strict=True)]
         self.model.train(training)
-        return rows.add_column("start_scores", found)
+        return found
 
     # --- what a person sees -------------------------------------------------------------------------------------------
 

@@ -252,3 +252,45 @@ def test_a_bad_row_is_named_by_its_set_and_place(as_set):
         candidate_rows(
             as_set([PLAIN | {"query_id": "7"}, PLAIN | {"query_id": "8", "documents": ["x", "x "]}]), name="eval"
         )
+
+
+KNOWN = FULL | {"selection_features": [[1, 0.5], [2, 0.0]], "selection_propensity": [1.0, 0.25]}
+
+
+def test_where_documents_come_from_comes_through_where_it_is_asked_for():
+    assert "judged" not in checked_row(KNOWN, "row 0")
+    found = checked_row(KNOWN, "row 0", provenance=True)
+    assert found["judged"] == [True, False]
+    assert found["selection_features"] == [[1.0, 0.5], [2.0, 0.0]]
+    assert found["selection_propensity"] == [1.0, 0.25]
+    assert checked_row(PLAIN, "row 0", provenance=True)["judged"] == [False, False]
+    assert "selection_features" not in candidate_rows([FULL], provenance=True).column_names
+    assert candidate_rows([KNOWN, KNOWN], provenance=True)["selection_features"][1] == [[1.0, 0.5], [2.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"judged": [True, None]}, "judged of document b is None; say True or False"),
+        ({"judged": [True, "no"]}, "judged of document b is 'no'"),
+        ({"selection_features": [[1.0]]}, "2 documents and 1 selection_features"),
+        ({"selection_features": [[1.0], 2.0]}, "selection_features of document b must be a list, got 2.0"),
+        ({"selection_features": [[1.0], [None]]}, r"selection_features of document b\[0\] is None, which is no finite"),
+        ({"selection_features": [[1.0], [1.0, 2.0]]}, "document b has 2 selection_features and document a 1"),
+        ({"selection_features": [[], []]}, "document a has 0 selection_features"),
+        ({"selection_propensity": [0.5, 0.0]}, "selection_propensity of document b is 0; .* cannot be corrected for"),
+        ({"selection_propensity": [1.5, 0.5]}, "selection_propensity of document a is 1.5"),
+        ({"selection_propensity": [0.5]}, "2 documents and 1 selection_propensity"),
+    ],
+)
+def test_bad_provenance_is_refused_by_name(changed, message):
+    with pytest.raises(RowError, match=f"row 0 .query 7.: .*{message}"):
+        checked_row(KNOWN | changed, "row 0", provenance=True)
+
+
+def test_provenance_is_given_in_all_rows_or_none_and_of_one_width():
+    with pytest.raises(RowError, match="train row 1: some rows have selection_features and others not"):
+        candidate_rows([KNOWN, FULL], provenance=True)
+    wide = KNOWN | {"selection_features": [[1.0], [2.0]]}
+    with pytest.raises(RowError, match="train row 1: its documents have 1 selection_features and those of the first"):
+        candidate_rows([KNOWN, wide], provenance=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from negtune.losses.debiased import cet, em_relevance, em_selection
+from negtune.losses.debiased import CET_MODES, cet, em_relevance, em_selection, expected_gains
+from negtune.losses.ranking import pg_rank, rank_net
 from negtune.metrics.ranking import greedy_reward, ideal_value
 
 
@@ -94,7 +97,7 @@ def uniform(scores, gains, mask, s):
 
 
 def known(scores, gains, mask, s):
-    return cet(scores, gains, mask, mode="ips", propensities=s)
+    return cet(scores, gains, mask, mode="ips_posterior", propensities=s)
 
 
 def posterior(scores, gains, mask, s):
@@ -102,7 +105,7 @@ def posterior(scores, gains, mask, s):
 
 
 def inverse(scores, gains, mask, s):
-    return cet(scores, gains, mask, mode="ips", propensities=s, judged=mask)
+    return cet(scores, gains, mask, mode="ips", propensities=s)
 
 
 def test_known_propensities_find_what_the_labels_hide():
@@ -112,3 +115,102 @@ def test_known_propensities_find_what_the_labels_hide():
     assert positives > plain + 0.05
     assert negatives > plain + 0.05
     assert both > max(positives, negatives) + 0.03
+
+
+# --- Selection that is learned, and gains that are expected -----------------------------------------------------------
+
+
+def hidden_behind(features, relevance=slice(0, 6), selection=slice(6, 12)):
+    """Logits of relevance and of selection in the sum of their features."""
+    return 2 * features[..., relevance].sum(-1) - 4, 2 * features[..., selection].sum(-1) - 1
+
+
+def perceptron(width):
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1), torch.nn.Flatten(-2)
+    )
+
+
+def ranked(loss, seed, observed=None):
+    """True nDCG@10 of 600 other lists of 50: a ranker of all features, 1,200 steps of 16 lists.
+
+    `loss(scores, labels, selection, relevance)` gets the true logits of both; with `observed`, the features that a
+    selection model reads, selection by that model, which is trained beside the ranker by `em_selection`.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randn(1200, 50, 12, generator=draw)
+    relevance, selection = hidden_behind(features)
+    relevant, selected = (torch.rand(1200, 50, generator=draw) < x.sigmoid() for x in (relevance, selection))
+    labels = (relevant & selected).float()
+    torch.manual_seed(seed)
+    ranker, seen = perceptron(12), features[..., observed or slice(1)]
+    watcher = perceptron(seen.shape[-1])
+
+    def losses(_):
+        rows = torch.randint(0, 600, (16,), generator=draw)
+        scores, known, gains = ranker(features[rows]), selection[rows], labels[rows]
+        mask = torch.ones_like(gains, dtype=torch.bool)
+        if observed:
+            known = watcher(seen[rows])
+            yield em_selection(known, gains, mask, scores=scores)
+        yield loss(scores, gains, known, relevance[rows])
+
+    fitted((ranker, watcher), losses, 1200, 3e-3)
+    with torch.no_grad():
+        scores, truth = ranker(features[600:]), relevant[600:].float()
+    mask = torch.ones_like(truth, dtype=torch.bool)
+    return float(greedy_reward(scores, truth, mask, "ndcg", ideal_value(truth, "ndcg", 10), 10).nanmean())
+
+
+def everywhere(gains):
+    return torch.ones_like(gains, dtype=torch.bool)
+
+
+def plain(scores, labels, *_):
+    return rank_net(scores, labels, everywhere(labels))
+
+
+def em(scores, labels, selection, _):
+    return em_relevance(scores, labels, everywhere(labels), selection=selection)
+
+
+def weighed(scores, labels, selection, _, *, mode):
+    known = {"propensities": selection.sigmoid()} if "ips" in mode else {"selection": selection}
+    return cet(scores, labels, everywhere(labels), mode=mode, **known)
+
+
+@pytest.mark.slow
+def test_known_selection_is_worth_most_where_hidden_positives_are_let_go():
+    labels = ranked(plain, 0)
+    worth = {mode: ranked(partial(weighed, mode=mode), 0) - labels for mode in CET_MODES}
+    worth["em"] = ranked(em, 0) - labels
+    print("labels", labels, worth)
+    assert labels < 0.75
+    assert 0 < worth["official"] < 0.04
+    assert min(worth["ips"], worth["ratio"]) > 0.04
+    assert worth["posterior"] > max(worth["ips"], worth["ratio"]) + 0.03
+    assert worth["ips_posterior"] > worth["posterior"] + 0.02
+    assert worth["em"] > worth["posterior"] + 0.02
+
+
+@pytest.mark.slow
+def test_selection_is_learned_beside_relevance_where_it_reads_what_relevance_does_not_depend_on():
+    labels, apart = ranked(plain, 0), ranked(em, 0, observed=slice(6, 12))
+    together = ranked(em, 0, observed=slice(0, 12))
+    print(labels, apart, together)
+    assert apart > labels + 0.12
+    assert apart > together + 0.02
+
+
+@pytest.mark.slow
+def test_expected_gains_help_where_relevance_is_calibrated_and_hurt_where_scores_confirm_themselves():
+    def reward(scores, labels, selection, relevance, source):
+        nobody = torch.zeros_like(labels, dtype=torch.bool)
+        opinion = {"own": scores, "calibrated": relevance}.get(source)
+        gains = labels if opinion is None else expected_gains(labels, nobody, opinion, selection)
+        return pg_rank(scores, gains, everywhere(labels))
+
+    found = {source: ranked(partial(reward, source=source), 0) for source in ("labels", "own", "calibrated")}
+    print(found)
+    assert found["own"] < found["labels"] - 0.05
+    assert found["calibrated"] > found["labels"] + 0.12

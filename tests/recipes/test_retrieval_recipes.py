@@ -91,6 +91,22 @@ def test_a_retriever_is_rewarded_by_a_generator(tmp_path):
     assert "answers drawn, 0 of them unscored" in done.stdout
 
 
+def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
+    done = launch("retrieval/cet.py", tmp_path, "--smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["arms"]) == ["start", "labels as they are", "CET em"]
+    assert "minus labels as they are_low" in metrics["arms"]["CET em"]
+    history = read_jsonl(tmp_path / "history.jsonl")
+    assert [row["step"] for row in history if "selection/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in history if "eval/ndcg@10" in row] == [2, 4]
+    assert {path.name for path in (tmp_path / "selection").iterdir()} == {"selection.json", "selection.safetensors"}
+    assert (tmp_path / "level.safetensors").exists()
+    lists = read_lists(tmp_path / "candidates.jsonl")
+    ranks = [r for one in lists for r, known in zip(one.ranks["bm25"], one.judged, strict=True) if known]
+    assert max(ranks) <= 20, "nothing else was judged"
+
+
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):
     done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--use_peft", "false")
     assert done.returncode == 0, done.stderr[-3000:]

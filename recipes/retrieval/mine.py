@@ -7,7 +7,8 @@ Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out:
 Paper's     NV-Retriever keeps negatives up to .95 of the positive's score (for cosines here: --relative_margin .05, the
             same where the positive is above 0). RocketQA's threshold and SimANS's a and b: not checked.
 Here        All positives are in; scores that a retriever lacks are computed; rules, cross-encoder, judge, then the cut.
-Expected    Of positives that are hidden, rules take out more than of judged negatives.
+Expected    Rules take out more of the positives, each hidden in turn, than of judged negatives. Where a query has many
+            positives, the lowest of their scores is a limit that hardly a negative meets: --against max or mean.
 Measured    recipes/README.md
 
     python recipes/retrieval/mine.py --config recipes/retrieval/mine.yaml --data FOLDER --relative_margin 0.05

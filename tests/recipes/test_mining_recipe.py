@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
 
 from negtune.data.candidates import candidate_rows
 from negtune.retrieval.mining import read_lists, to_rows
+from negtune.retrieval.negatives import AbsoluteMargin, MinScore
 from tests.recipes.test_recipes import ROOT
 from tests.retrieval.tiny_rankers import cross_encoder
 
@@ -60,14 +62,27 @@ def test_lists_are_mined_filtered_denoised_judged_and_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("settings", "message"),
     [
-        (["--scorer", "minilm", "--retrievers", "bm25"], "error: --scorer minilm is none of the retrievers bm25"),
-        (["--judge_engine", "server"], "error: --judge_engine server needs --judge_url"),
+        ({"retrievers": ["bm25"], "scorer": "minilm"}, "--scorer minilm is none of the retrievers bm25"),
+        ({"select": "hard"}, "--select must be top, random or simans, got 'hard'"),
+        ({"n_documents": 1}, "--n_documents must be at least 2, got 1"),
+        ({"judge_depth": 8}, "--judge_depth 8 is less than the 16 of --n_documents"),
+        ({"judge_engine": "server"}, "--judge_engine server needs --judge_url http://host:port"),
+        ({"judge_engine": "tgi"}, "--judge_engine must be hf, vllm or server, got 'tgi'"),
+        ({"percent_of_positive": 95.0}, "share must be above 0 and at most 1, got 95"),
     ],
 )
-def test_flags_that_contradict_each_other_are_one_line(tmp_path, flags, message):
-    done = run(tmp_path, *flags)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_flags_that_contradict_each_other_are_refused_before_anything_is_loaded(settings, message):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "retrieval" / "mine.py"), run_name="mine")
+    with pytest.raises(ValueError, match=message):
+        recipe["checked"](recipe["MineArguments"](**settings))
+
+
+def test_rules_read_the_scores_of_the_last_retriever_unless_another_is_named():
+    recipe = runpy.run_path(str(ROOT / "recipes" / "retrieval" / "mine.py"), run_name="mine")
+    flags = {"absolute_margin": 0.1, "min_score": 0.2, "against": "max", "retrievers": ["bm25", "a/folder/e5"]}
+    for settings, name in (({}, "e5"), ({"scorer": "bm25"}, "bm25")):
+        rules, select, _ = recipe["checked"](recipe["MineArguments"](**flags, **settings))
+        assert rules == [AbsoluteMargin(name, 0.1, against="max"), MinScore(name, 0.2)]
+        assert select == "top"

@@ -97,6 +97,15 @@ def test_people_are_overruled_only_where_that_is_asked_for():
 
 
 @pytest.mark.parametrize("verdict", ["drop", "negative"])
+def test_an_overruled_positive_leaves_the_ideal_too(verdict):
+    mined = Mined([a_list([0.9, 0.8, 0.1], [1.0, 2.0, 0.0])])
+    said = {"p0": "positive", "p1": verdict, "n2": "negative"}
+    (one,) = relabel(mined, Script(said), name="j", which="all").mined.lists
+    assert one.ideal_gains == [1.0]
+    assert len(candidate_rows([one])) == 1
+
+
+@pytest.mark.parametrize("verdict", ["drop", "negative"])
 def test_a_list_that_loses_its_last_positive_is_named(verdict):
     said = dict.fromkeys(SAID, "negative") | {"p0": verdict}
     found = relabel(pool("12"), Script(said), name="j", which="all")

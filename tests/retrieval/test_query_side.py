@@ -143,6 +143,29 @@ def test_the_loss_is_adore_of_the_scores_of_brute_force(similarity, metric, rank
     assert value.item() > 0
 
 
+def test_missed_positives_are_weighed_by_their_place_in_the_list_or_by_their_score():
+    """The two documents that a query scores lowest, given in ascending positions: places 6 and 7 whatever they score."""
+    model = static_encoder()
+    index = index_of(model)
+    _, scores = brute_force(model, judged=[{}] * 3)
+    judged = [{place: 1.0 for place in sorted(np.argsort(row)[:2].tolist())} for row in scores]
+    values = {}
+    for rank_by in ("list", "score"):
+        loss = QueryLoss(model, index, depth=5, metric_cut=7, rank_by=rank_by, scale=3.0)
+        values[rank_by] = loss(*batch_of(model, judged)).item()
+    expected = []
+    for row, positives in zip(scores, judged, strict=True):
+        list_ = [*np.argsort(-row)[:5].tolist(), *positives]
+        pairs = [
+            abs(1 / (i + 1) - 1 / (j + 1)) * np.logaddexp(0, 3 * (row[list_[j]] - row[list_[i]]))
+            for i in (5, 6)
+            for j in range(5)
+        ]
+        expected.append(np.mean(pairs))
+    assert values["list"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert abs(values["score"] - values["list"]) > 1e-4
+
+
 def test_only_the_query_side_has_a_gradient_and_the_index_stays_as_it_is(tmp_path):
     model = bi_encoder(tmp_path / "model").double()
     index = index_of(model)

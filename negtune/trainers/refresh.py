@@ -77,7 +77,7 @@ class RefreshNegatives(TrainerCallback):
         self._use(self.lists)
         if others := set(trainer.train_dataset.column_names) - set(self._rows.column_names):
             raise ValueError(f"train rows have {', '.join(sorted(others))}, which mined lists lack; leave them out")
-        trainer.train_dataset = trainer.train_dataset.with_transform(self._current)
+        trainer.train_dataset = trainer.train_dataset.with_transform(_Current(self))
 
     # --- when ---------------------------------------------------------------------------------------------------------
 
@@ -146,10 +146,6 @@ class RefreshNegatives(TrainerCallback):
         """Rows of the lists in use, by their numbers."""
         return [self._rows[self._place[number]] for number in numbers]
 
-    def _current(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = self.rows(batch["row"])
-        return {name: [row[name] for row in rows] for name in self._rows.column_names}
-
     # --- on disk ------------------------------------------------------------------------------------------------------
 
     @property
@@ -199,6 +195,24 @@ class RefreshNegatives(TrainerCallback):
         places, longest = self.trainer.args.places or 1, self.settings.get("n_documents", 16)
         if longest < places:
             raise ValueError(f"n_documents={longest} is shorter than the objective's k={places}; raise it, or lower k")
+
+
+class _Current:
+    """Rows of a data set to those of the lists in use. `datasets` pickles and copies what it is given, with all that it
+    reaches, and this reaches the model: it is neither."""
+
+    def __init__(self, refresh: RefreshNegatives) -> None:
+        self.refresh = refresh
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = self.refresh.rows(batch["row"])
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Current:
+        return self
 
 
 def _check_trainer(trainer: RankingTrainer) -> None:

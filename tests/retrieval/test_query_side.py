@@ -144,11 +144,11 @@ def test_the_loss_is_adore_of_the_scores_of_brute_force(similarity, metric, rank
 
 
 def test_missed_positives_are_weighed_by_their_place_in_the_list_or_by_their_score():
-    """The two documents that a query scores lowest, given in ascending positions: places 6 and 7 whatever they score."""
+    """The two documents that a query scores lowest, in ascending positions: places 6 and 7 whatever they score."""
     model = static_encoder()
     index = index_of(model)
     _, scores = brute_force(model, judged=[{}] * 3)
-    judged = [{place: 1.0 for place in sorted(np.argsort(row)[:2].tolist())} for row in scores]
+    judged = [dict.fromkeys(sorted(np.argsort(row)[:2].tolist()), 1.0) for row in scores]
     values = {}
     for rank_by in ("list", "score"):
         loss = QueryLoss(model, index, depth=5, metric_cut=7, rank_by=rank_by, scale=3.0)

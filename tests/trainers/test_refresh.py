@@ -179,6 +179,23 @@ def test_a_query_without_a_new_list_keeps_its_own(tmp_path):
     assert row["refresh/kept"] == pytest.approx(1 / 20)
 
 
+def test_the_model_is_neither_pickled_nor_copied_for_the_name_of_a_cache(tmp_path, monkeypatch):
+    model = tiny_encoder()
+    asked, plain = [], type(model).__reduce_ex__
+
+    def reduce(self, protocol):
+        asked.append(protocol)
+        return plain(self, protocol)
+
+    lists = first_lists(model)
+    trainer = RankingTrainer(model, config(tmp_path), to_rows(lists))
+    monkeypatch.setattr(type(model), "__reduce_ex__", reduce)
+    refresh = RefreshNegatives(trainer, TASK, lists, every_steps=2)
+    assert trainer.train_dataset.select([1])[0]["documents"] == refresh.lists[1].documents
+    assert asked == []
+
+
+@pytest.mark.slow
 def test_other_retrievers_are_asked_too(tmp_path):
     ids = list(TASK.corpus)
     other = RunRetriever({query_id: {ids[-1]: 1.0} for query_id in TASK.queries}, "other")
@@ -200,6 +217,7 @@ def test_redacted_lists_have_no_texts_and_can_be_resumed_from(tmp_path):
     assert_same(whole, again)
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_same_folder_leaves_no_lists_of_the_old_one(tmp_path):
     refreshed(tmp_path)[0].train()
     refreshed(tmp_path, max_steps=2)[0].train()

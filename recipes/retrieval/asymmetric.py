@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -110,8 +111,8 @@ def main() -> None:
         arguments={**vars(given), **vars(model_args), **args.to_dict()},
     )
     arms = Arms(run, tasks)
-    arms.shingles()
     arms.add("start", model)
+    arms.shingles()
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,
@@ -172,7 +173,7 @@ class Arms:
     def __init__(self, run: Run, tasks: Mapping[str, ContainmentTask]) -> None:
         self.run, self.tasks = run, tasks
         self.groups = [query_id.rpartition("-")[-1] for query_id in tasks["test"].queries]
-        self.first: dict[str, torch.Tensor] = {}
+        self.first: tuple[str, float, np.ndarray] | None = None
 
     def shingles(self) -> None:
         task = self.tasks["test"]
@@ -203,9 +204,16 @@ class Arms:
     def _add(self, arm: str, inside: torch.Tensor, around: torch.Tensor, more: Mapping[str, float]) -> None:
         task = self.tasks["test"]
         metrics = containment_metrics(task, inside, around)
-        row = {"micro_ap": balanced(metrics)}
-        both = [micro_ap_draws(s, t, self.groups) for s, t in zip((inside, around), truth(task), strict=True)]
-        row["micro_ap_low"], row["micro_ap_high"] = middle_of((both[0] + both[1]) / 2)
+        value = balanced(metrics)
+        ways = zip((inside, around), truth(task), strict=True)
+        draws = np.mean([micro_ap_draws(scores, true, self.groups) for scores, true in ways], 0)
+        row = {"micro_ap": value, **dict(zip(("micro_ap_low", "micro_ap_high"), middle_of(draws), strict=True))}
+        if self.first is None:
+            self.first = arm, value, draws
+        else:
+            first, theirs, their_draws = self.first  # of the same passages
+            low, high = middle_of(draws - their_draws)
+            row |= {f"minus {first}": value - theirs, f"minus {first}_low": low, f"minus {first}_high": high}
         finite = {key: value for key, value in more.items() if value != float("inf")}
         self.run.add_arm(arm, {**row, **metrics, **finite})
         print(f"{arm}: " + "  ".join(f"{key} {value:.4f}" for key, value in {**row, **metrics}.items()), flush=True)

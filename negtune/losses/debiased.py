@@ -224,10 +224,9 @@ def cet(
     weights = cet_weights(scores, gains, mask, selection=selection, propensities=propensities, **settings)
     if mode != "official" if normalize is None else normalize:
         means = pair_means(weights, gains, mask)
-        # the mean divides one side only: a pair weighs the product of its two documents
         relevant, irrelevant = sides(gains, mask)
         both = (relevant.any(-1) & irrelevant.any(-1)).sum().clamp(min=1)
-        weights = weights / (means.sum() / both).clamp(min=torch.finfo(weights.dtype).tiny).sqrt()
+        weights = weights / (means.sum() / both).clamp(min=torch.finfo(weights.dtype).tiny).sqrt()  # of a pair, two
     return weighed_pairs(scores, gains, mask, weights=weights)
 
 

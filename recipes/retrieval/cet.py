@@ -27,11 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import METRICS, bm25_run, measured, mined, numbers, read_task
+from search_task import METRICS, TaskArguments, bm25_run, measured, mined, numbers, read_task, to_train
 from transformers.trainer_utils import IntervalStrategy
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
-from negtune._st_compat import has_static_embedding_input
 from negtune.cli.recipe import no_push, parsed, run_recipe
 from negtune.data.retrieval import RetrievalTask
 from negtune.eval.ranking import against, with_interval
@@ -39,7 +38,6 @@ from negtune.eval.run import Run
 from negtune.report import write_report
 from negtune.retrieval.evaluation import RetrievalEvaluator
 from negtune.retrieval.mining import to_rows, write_lists
-from negtune.retrieval.rankers import load_ranker
 from negtune.retrieval.selection import provenance
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer
 
@@ -54,10 +52,7 @@ PAPER = {
 
 
 @dataclass
-class CetArguments:
-    data: str | None = field(default=None, metadata={"help": "Folder in BEIR's layout or a Hub id; default: made up."})
-    train_split: str | None = field(default=None, metadata={"help": "Judgements to train on; default: part of test."})
-    test_share: float = field(default=0.5, metadata={"help": "Of the queries, where there is no train_split."})
+class CetArguments(TaskArguments):
     n_documents: int = field(default=16, metadata={"help": "Of a candidate list."})
     pool_depth: int | None = field(
         default=None, metadata={"help": "Train on judgements of BM25's first so many only. Default: on all."}
@@ -67,7 +62,6 @@ class CetArguments:
     )
     baseline: bool = field(default=False, metadata={"help": "Train the same steps without weights too, and compare."})
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
 
 def of_a_pool(task: RetrievalTask, depth: int) -> RetrievalTask:
@@ -92,13 +86,7 @@ def main() -> None:
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
     train = split.train if given.pool_depth is None else of_a_pool(split.train, given.pool_depth)
-    quantised = get_quantization_config(model_args)
-    more = {} if quantised is None else {"quantization_config": quantised}
-    model = load_ranker(name, "bi_encoder" if searches else args.model_kind, model_kwargs=more)
-    if has_static_embedding_input(model):
-        args.max_length = None  # whole texts
-    elif args.max_length is not None:
-        model.max_seq_length = args.max_length
+    model = to_train(name, args, model_args, "bi_encoder" if searches else args.model_kind)
     run = Run(
         folder,
         **{"seed": args.seed, "task": "ranking", "title": "Ranking with pooling bias corrected", "paper": PAPER},

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import bm25_run, numbers, read_task
+from search_task import TaskArguments, bm25_run, numbers, read_task
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from negtune.cli.recipe import no_push, parsed, run_recipe
@@ -48,16 +48,12 @@ SMOKE = {
 
 
 @dataclass
-class RerankerArguments:
-    data: str | None = field(default=None, metadata={"help": "Folder in BEIR's layout or a Hub id; default: made up."})
-    train_split: str | None = field(default=None, metadata={"help": "Judgements to train on; default: part of test."})
-    test_share: float = field(default=0.5, metadata={"help": "Of the queries, where there is no train_split."})
+class RerankerArguments(TaskArguments):
     test_queries: int | None = field(default=None, metadata={"help": "Of them, for a quick look. Default: all."})
     n_documents: int = field(default=10, metadata={"help": "Of a training list."})
     depth: int = field(default=30, metadata={"help": "Documents of BM25 that are reranked."})
     yes: str = field(default="yes", metadata={"help": "One token."})
     no: str = field(default="no", metadata={"help": "One token."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
 
 def main() -> None:

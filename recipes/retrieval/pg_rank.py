@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import METRICS, bm25_run, measured, mined, numbers, read_task
+from search_task import METRICS, TaskArguments, bm25_run, measured, mined, numbers, read_task, to_train
 from transformers.trainer_utils import IntervalStrategy
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from negtune.cli.recipe import no_push, parsed, run_recipe
 from negtune.eval.ranking import against, with_interval
@@ -30,7 +30,6 @@ from negtune.eval.run import Run
 from negtune.report import write_report
 from negtune.retrieval.evaluation import RetrievalEvaluator
 from negtune.retrieval.mining import to_rows, write_lists
-from negtune.retrieval.rankers import load_ranker
 from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from negtune.trainers.ranking_config import OBJECTIVE
 
@@ -42,15 +41,11 @@ PAPER = {"title": "Policy-Gradient Training of Language Models for Ranking", "ur
 
 
 @dataclass
-class RetrievalArguments:
-    data: str | None = field(default=None, metadata={"help": "Folder in BEIR's layout or a Hub id; default: made up."})
-    train_split: str | None = field(default=None, metadata={"help": "Judgements to train on; default: part of test."})
-    test_share: float = field(default=0.5, metadata={"help": "Of the queries, where there is no train_split."})
+class RetrievalArguments(TaskArguments):
     n_documents: int = field(default=16, metadata={"help": "Of a candidate list."})
     warm_steps: int = field(default=0, metadata={"help": "Optimiser steps of InfoNCE before; its lists are the same."})
     warm_learning_rate: float = field(default=2e-5, metadata={"help": "Of them."})
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
 
 def main() -> None:
@@ -64,13 +59,7 @@ def main() -> None:
         args.eval_strategy = IntervalStrategy.NO
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
-    quantised = get_quantization_config(model_args)
-    more = {} if quantised is None else {"quantization_config": quantised}
-    model = load_ranker(name, model_kwargs=more)
-    if type(model[0]).__name__ == "StaticEmbedding":
-        args.max_length = None  # whole texts
-    if args.max_length is not None:
-        model.max_seq_length = args.max_length
+    model = to_train(name, args, model_args)
     run = Run(
         folder,
         **{"seed": args.seed, "task": "ranking", "title": "Ranking by policy gradient", "paper": PAPER},

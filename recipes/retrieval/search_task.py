@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from trl import get_quantization_config
 
+from negtune._st_compat import has_static_embedding_input
 from negtune.data.retrieval import RetrievalTask, Run, load_beir, split_queries, synthetic_retrieval
 from negtune.metrics.runs import RankingResult, evaluate_run
 from negtune.retrieval.encoder import encode, load_encoder, similarity_of
 from negtune.retrieval.evaluation import scorer
 from negtune.retrieval.index import ExactIndex
 from negtune.retrieval.mining import Mined, mine
-from negtune.retrieval.rankers import causal_reranker
+from negtune.retrieval.rankers import causal_reranker, load_ranker
 from negtune.retrieval.retrievers import BM25Retriever, DenseRetriever, rerank
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100")
 DEPTH = 100
+
+
+@dataclass
+class TaskArguments:
+    """Flags of a recipe on a task that is split by query."""
+
+    data: str | None = field(default=None, metadata={"help": "Folder in BEIR's layout or a Hub id; default: made up."})
+    train_split: str | None = field(default=None, metadata={"help": "Judgements to train on; default: part of test."})
+    test_share: float = field(default=0.5, metadata={"help": "Of the queries, where there is no train_split."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,18 @@ def indexed(model: Any, task: RetrievalTask, batch_size: int = 64) -> ExactIndex
     """The corpus as the model encodes documents."""
     vectors = encode(model, list(task.corpus.values()), side="document", batch_size=batch_size)
     return ExactIndex(vectors, list(task.corpus), similarity_of(model))
+
+
+def to_train(name: str, args: Any, model_args: Any, kind: str = "bi_encoder") -> Any:
+    """The model that is trained: quantised if `model_args` say so, with the length of `args`, which static embeddings
+    have not."""
+    quantised = get_quantization_config(model_args)
+    model = load_ranker(name, kind, model_kwargs={} if quantised is None else {"quantization_config": quantised})
+    if has_static_embedding_input(model):
+        args.max_length = None  # whole texts
+    elif args.max_length is not None:
+        model.max_seq_length = args.max_length
+    return model
 
 
 class Start:

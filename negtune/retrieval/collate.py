@@ -1,6 +1,6 @@
 """Batches of candidate lists: every distinct text is tokenised and embedded once, whatever lists it is in.
 
-Shapes: B queries, D documents of the longest list.
+Shapes: B queries, D documents of the longest list, F features of a document.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from negtune.data.candidates import LEFT_OUT
+from negtune.retrieval.in_batch import share_texts
 
 
 @dataclass
@@ -24,6 +25,7 @@ class CandidateCollator:
         kind: of the model, see `losses.kind_of`.
         prompts: put before queries (`query`) and documents (`document`), or for a cross-encoder (a text) the pair.
         max_length: tokens of a text, or None for the model's own.
+        in_batch: queries share the documents: say which are known to be relevant to each, see `in_batch`.
         keep_rows: hand the rows themselves on, for a reward function.
         check: called with the rows of each batch.
     """
@@ -32,13 +34,14 @@ class CandidateCollator:
     kind: str
     prompts: Mapping[str, str] | str | None = None
     max_length: int | None = None
+    in_batch: bool = False
     keep_rows: bool = False
     check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None
     valid_label_columns: Sequence[str] = ()  # asked for by the host
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, and teacher, start, ideal where
-        rows have them; `rows`: their numbers."""
+        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, known `in_batch`, and teacher,
+        start, ideal, selection where rows have them; `rows`: their numbers."""
         if self.check is not None:
             self.check(rows)
         lengths = [len(row["documents"]) for row in rows]
@@ -47,10 +50,19 @@ class CandidateCollator:
         for name, column in (("teacher", "teacher_scores"), ("start", "start_scores"), ("ideal", "ideal_gains")):
             if rows[0].get(column) is not None:
                 lists[name] = _padded(rows, column)
+        if selection := _selection(rows):
+            lists["selection"] = selection
         if self.kind == "cross_encoder":
             texts = [(row["query"], document) for row in rows for document in row["documents"]]
             features = [self._features(texts, "pair")]
             places = iter(range(len(texts)))
+        elif self.in_batch:
+            shared = share_texts(rows)
+            features = [
+                self._features([row["query"] for row in rows], "query"),
+                self._features(shared.texts, "document"),
+            ]
+            places, lists["known"] = iter(shared.places), shared.known
         else:
             distinct = {text: i for i, text in enumerate(dict.fromkeys(d for row in rows for d in row["documents"]))}
             features = [
@@ -78,3 +90,18 @@ class CandidateCollator:
 def _padded(rows: Sequence[Mapping[str, Any]], column: str) -> Tensor:
     width = max(len(row[column]) for row in rows)
     return torch.tensor([[*row[column], *[0.0] * (width - len(row[column]))] for row in rows])
+
+
+def _selection(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """See `Lists.selection`."""
+    found: dict[str, Any] = {}
+    if rows[0].get("selection_ranks") is not None:
+        found["ranks"] = _padded(rows, "selection_ranks").long()
+    if rows[0].get("selection_propensity") is not None:
+        found["propensity"] = _padded(rows, "selection_propensity")
+    if rows[0].get("selection_features") is not None:
+        features = [torch.tensor(row["selection_features"]) for row in rows]
+        found["features"] = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+    if rows[0].get("selection_retriever") is not None:
+        found["retriever"] = [list(row["selection_retriever"]) for row in rows]
+    return found

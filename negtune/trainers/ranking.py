@@ -102,7 +102,10 @@ class RankingTrainer(BaseTrainer):
             "teacher": args.needs_teacher and objective is None,
         }
         gainless = reward_fn is not None or (args.loss_type in READ_NO_GAINS and objective is None)
-        self._rows_of = _Rows(**settings, scored=gainless, keep=reward_fn is not None, in_memory=args.redact)
+        self._rows_of = _Rows(
+            **{**settings, "in_batch": args.in_batch},
+            **{"scored": gainless, "keep": reward_fn is not None, "in_memory": args.redact},
+        )
         train = None if train_dataset is None else self._rows_of(train_dataset, "train")
         evaluated = self._rows_of.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
@@ -130,6 +133,7 @@ class RankingTrainer(BaseTrainer):
             model.preprocess,
             loss.kind,
             prompts=prompts_of(model, loss.kind),
+            in_batch=loss.in_batch,
             keep_rows=reward_fn is not None,
             check=room,
         )

@@ -300,6 +300,18 @@ def test_without_ids_documents_of_equal_tokens_count_once_and_equal_queries_shar
         assert_same(wanted, (value.detach(), found))
 
 
+def test_a_negative_that_is_the_querys_positive_is_the_positive(tmp_path):
+    model = bi_encoder(tmp_path / "model").eval()
+    columns = [["w1", "w2"], ["w3", "w4"], ["w3", "w5"]]
+    loss = RankingLoss(model, "masked_infonce")
+    features = [model.preprocess(c) for c in columns]
+    for labels, gain in ((None, 1), (torch.tensor([[2, 1], [1, 0]]), 2), (torch.tensor([[1, 2], [1, 0]]), 2)):
+        _, lists = loss._columns(features, labels)
+        assert pooled(lists).gains.tolist() == [[gain, 0, 0, 0], [0, 1, 0, 0]]
+    assert pooled(lists).mask.tolist() == [[True, True, False, True]] * 2
+    assert loss(features, None).isfinite()
+
+
 def test_the_hosts_loss_is_what_is_left_where_nothing_is_relevant_to_two(tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 

@@ -8,8 +8,12 @@ have
 - `ideal_gains` of all relevant documents of the query, also of those that the list lacks;
 - `teacher_scores`, one for each document;
 - `positives` that have to be in the list: texts or, beside `document_ids`, ids;
-- where its documents come from, for `CoupledTrainer`: `selection_features`, for each document as many numbers, or
-  `selection_propensity`, for each the probability (above 0, at most 1) that it was selected for judging.
+- `known_positives`, all documents known to be relevant to the query, in the list or not: texts or, beside
+  `document_ids`, ids, which then have to be those of the whole set. Where the queries of a batch share their documents,
+  none of these is a negative of the query;
+- how each document came to be in the list: `selection_retriever`, the name of what found them, or one name for each;
+  `selection_ranks` there, from 1, None where it was not found; `selection_propensity`, the chance that it is selected,
+  above 0 to 1; `selection_features`, a list of numbers for each document, equally many in all rows.
 
 Texts are compared by `retrieval.text_key`: white space makes no difference.
 """
@@ -20,7 +24,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from negtune.data.completions import RowError
@@ -29,15 +33,17 @@ from negtune.data.retrieval import text_key
 
 logger = logging.getLogger(__name__)
 
-_RULES = 3  # of this file: rows checked by other rules are not read from a cache
+_RULES = 4  # of this file: rows checked by other rules are not read from a cache
 COUNTED = "negtune_counted"
 """Column of checked rows: whether the list says something."""
 LEFT_OUT = "negtune_left_out"
 """Column of a stream's checked rows: queries that say nothing and were left out between the row before and this one."""
+IDS_COMPARED = 100_000
+"""Ids whose texts are compared over the rows of a set, before training; in a batch all are."""
 PATIENCE = 1000
 """Queries of a stream that are left out one after another before it is told of."""
-PROVENANCE = ("selection_features", "selection_propensity")
-OPTIONAL = ("ideal_gains", "teacher_scores", *PROVENANCE)
+SELECTION = ("selection_retriever", "selection_ranks", "selection_propensity", "selection_features")
+OPTIONAL = ("ideal_gains", "teacher_scores", "known_positives", "document_ids", *SELECTION)
 """Columns that a batch has for all of its lists or for none."""
 
 
@@ -48,6 +54,7 @@ def candidate_rows(
     k: int | None = None,
     teacher: bool = False,
     scored: bool = False,
+    in_batch: bool = False,
     keep: bool = False,
     provenance: bool = False,
     in_memory: bool = False,
@@ -61,36 +68,35 @@ def candidate_rows(
         teacher: whether `teacher_scores` are needed.
         scored: a reward function or a teacher scores, and gains are not read: `gains` may be absent, and lists without
             a relevant document stay.
+        in_batch: queries share the documents of a batch: keep `known_positives` and the ids that they name.
         keep: keep the other columns, for a reward function. In a stream they have the types of the first row.
-        provenance: keep `judged` (False where it is not given), and `selection_features` and `selection_propensity` if
-            given.
+        provenance: keep `judged`, False where it is not given.
         in_memory: keep the rows out of the Arrow cache on disk (private data).
 
     Returns:
-        The same kind of data set with `query`, `documents`, `gains`, and `ideal_gains` and `teacher_scores` if given.
-        What is left out is counted in a warning, of a stream in the column `LEFT_OUT`.
+        The same kind of data set with `query`, `documents`, `gains`, and if given `ideal_gains`, `teacher_scores` and
+        what says how documents were selected. What is left out is counted in a warning, of a stream in the column
+        `LEFT_OUT`.
 
     Raises:
         RowError: naming the query and the way out; for a stream, when the row is reached.
     """
     import datasets
 
-    given: dict[str, Any] = {}  # by the first row
+    settings: dict[str, Any] = {
+        "k": k,
+        "teacher": teacher,
+        "scored": scored,
+        "in_batch": in_batch,
+        "provenance": provenance,
+    }
+    alike = _Alike()
     streamed, left_out = isinstance(data, datasets.IterableDataset), 0
 
     def convert(row: Any, index: int) -> dict[str, Any]:
         row = {field.name: getattr(row, field.name) for field in fields(row)} if is_dataclass(row) else row
-        checked = checked_row(row, f"{name} row {index}", k=k, teacher=teacher, scored=scored, provenance=provenance)
-        for column in OPTIONAL:
-            if given.setdefault(column, column in checked) != (column in checked):
-                raise RowError(f"{name} row {index}: some rows have {column} and others not; give them in all or none")
-        if (features := checked.get("selection_features")) and given.setdefault("width", len(features[0])) != len(
-            features[0]
-        ):
-            raise RowError(
-                f"{name} row {index}: its documents have {len(features[0])} selection_features and those of the first "
-                f"row {given['width']}; give the same ones in all rows"
-            )
+        checked = checked_row(row, f"{name} row {index}", **settings)
+        alike(checked, f"{name} row {index}")
         others = {key: value for key, value in row.items() if key not in checked} if keep else {}
         counted = scored or any(gain > 0 for gain in checked["gains"])
         found = {**others, **checked, "row": index, COUNTED: counted}
@@ -106,7 +112,7 @@ def candidate_rows(
 
     if data is None:
         raise RowError(f"the {name} set is missing: pass rows with query, documents and gains")
-    rows = convert_rows(data, convert, ["candidates", _RULES, name, k, teacher, scored, keep, provenance], in_memory)
+    rows = convert_rows(data, convert, ["candidates", _RULES, name, keep, settings], in_memory)
     if streamed:
         first = next(iter(rows), None)
         if first is None:
@@ -126,6 +132,37 @@ def candidate_rows(
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
+class _Alike:
+    """What all rows of a set have to agree on."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, bool] = {}  # by the first row
+        self._width: int | None = None
+        self._texts: dict[str, int] = {}
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> None:
+        for column in OPTIONAL:
+            if self._given.setdefault(column, column in row) != (column in row):
+                raise RowError(f"{where}: some rows have {column} and others not; give them in all or none")
+        if "selection_features" in row:
+            width = len(row["selection_features"][0])
+            self._width = width if self._width is None else self._width
+            if width != self._width:
+                raise RowError(
+                    f"{where}: {width} selection_features a document, and {self._width} in the first row; give equally "
+                    "many in all rows"
+                )
+        for document_id, document in zip(row.get("document_ids", ()), row["documents"], strict=False):
+            if document_id not in self._texts and len(self._texts) >= IDS_COMPARED:
+                continue
+            key = hash(text_key(document))
+            if self._texts.setdefault(document_id, key) != key:
+                raise RowError(
+                    f"{where}: document {document_id} had another text before; beside known_positives document_ids "
+                    "must be those of the whole set, and not places in a list"
+                )
+
+
 def checked_row(
     row: Mapping[str, Any],
     where: str,
@@ -133,6 +170,7 @@ def checked_row(
     k: int | None = None,
     teacher: bool = False,
     scored: bool = False,
+    in_batch: bool = False,
     provenance: bool = False,
 ) -> dict[str, Any]:
     """The columns that training reads.
@@ -140,11 +178,12 @@ def checked_row(
     Args:
         row: see the top of the file.
         where: its place, for messages; its `query_id` is added.
-        k, teacher, scored, provenance: see `candidate_rows`.
+        k, teacher, scored, in_batch, provenance: see `candidate_rows`.
 
     Raises:
         RowError: a column is missing, empty, of the wrong length or no number, an id or a text occurs twice, a positive
-            is not in the list, `ideal_gains` are not those of all, or the list is shorter than `k`.
+            is not in the list, a known one has gain 0, `ideal_gains` are not those of all, or the list is shorter than
+            `k`.
     """
     where = f"{where} (query {row['query_id']})" if row.get("query_id") is not None else where
     query = row.get("query")
@@ -171,7 +210,80 @@ def checked_row(
         found["teacher_scores"] = _numbers(row["teacher_scores"], "teacher_scores", where, names)
     ids = () if row.get("document_ids") is None else names
     _check_positives(row.get("positives") or (), {*ids, *texts}, where)
-    return {**found, **_checked_provenance(row, where, names)} if provenance else found
+    if row.get("known_positives") is not None:
+        known = _known_positives(row["known_positives"], bool(ids), where)
+        if not scored:
+            _refuse_known_negatives(known, names, names if ids else texts, found["gains"], where)
+        if in_batch:
+            found |= {"known_positives": known} | ({"document_ids": names} if ids else {})
+    judged = {"judged": _judged(row, names, where)} if provenance else {}
+    return found | judged | _selection(row, names, where)
+
+
+def _known_positives(values: Any, has_ids: bool, where: str) -> list[str]:
+    """As they are compared."""
+    _check_length(values, "known_positives", where, None)
+    if not values:
+        raise RowError(
+            f"{where}: known_positives are empty; name the documents that are relevant to the query, or leave the "
+            "column out of all rows"
+        )
+    return [str(value) if has_ids else text_key(str(value)) for value in values]
+
+
+def _refuse_known_negatives(
+    known: Sequence[str], names: Sequence[str], keys: Sequence[str], gains: Sequence[float], where: str
+) -> None:
+    for name, key, gain in zip(names, keys, gains, strict=True):
+        if gain == 0 and key in known:
+            raise RowError(
+                f"{where}: document {name} has gain 0 and is among known_positives; give its gain, take it out of the "
+                "list, or out of known_positives"
+            )
+
+
+def _selection(row: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    """How documents were selected, the columns that there are; rank 0 where there is none."""
+    found: dict[str, Any] = {}
+    retriever, ranks, propensity, features = (row.get(column) for column in SELECTION)
+    if retriever is not None:
+        named = [retriever] * len(names) if isinstance(retriever, str) else retriever
+        _check_length(named, "selection_retriever", where, len(names))
+        for name, value in zip(names, named, strict=True):
+            if not isinstance(value, str) or not value.strip():
+                raise RowError(f"{where}: selection_retriever of document {name} is {value!r}; give a name")
+        found["selection_retriever"] = list(named)
+    if ranks is not None:
+        _check_length(ranks, "selection_ranks", where, len(names))
+        for name, value in zip(names, ranks, strict=True):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise RowError(
+                    f"{where}: selection_ranks of document {name} is {value!r}; ranks are whole numbers from 1, None "
+                    "where it was not found"
+                )
+        found["selection_ranks"] = [0 if value is None else int(value) for value in ranks]
+    if propensity is not None:
+        found["selection_propensity"] = _numbers(propensity, "selection_propensity", where, names)
+        for name, value in zip(names, found["selection_propensity"], strict=True):
+            if not 0 < value <= 1:
+                raise RowError(
+                    f"{where}: selection_propensity of document {name} is {value:g}; it is a chance, above 0 and at "
+                    "most 1: what cannot be selected cannot be corrected for"
+                )
+    if features is not None:
+        _check_length(features, "selection_features", where, len(names))
+        found["selection_features"] = [
+            _numbers(values, f"selection_features of document {name}", where, None)
+            for name, values in zip(names, features, strict=True)
+        ]
+        widths = [len(values) for values in found["selection_features"]]
+        if min(widths) == 0 or min(widths) != max(widths):
+            place = next((i for i, width in enumerate(widths) if width != widths[0]), 0)
+            raise RowError(
+                f"{where}: selection_features of document {names[place]} are {widths[place]} numbers, those of "
+                f"document {names[0]} {widths[0]}; give equally many for each, at least one"
+            )
+    return found
 
 
 def _checked_documents(row: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
@@ -192,34 +304,12 @@ def _checked_documents(row: Mapping[str, Any], where: str) -> tuple[list[str], l
     return names, texts
 
 
-def _checked_provenance(row: Mapping[str, Any], where: str, names: Sequence[str]) -> dict[str, Any]:
+def _judged(row: Mapping[str, Any], names: Sequence[str], where: str) -> list[bool]:
     judged = [False] * len(names) if row.get("judged") is None else row["judged"]
     for name, known in zip(names, judged, strict=True):
         if known not in (True, False):
             raise RowError(f"{where}: judged of document {name} is {known!r}; say True or False")
-    found: dict[str, Any] = {"judged": [bool(known) for known in judged]}
-    if (features := row.get("selection_features")) is not None:
-        _check_length(features, "selection_features", where, len(names))
-        each = [
-            _numbers(values, f"selection_features of document {name}", where, None)
-            for name, values in zip(names, features, strict=True)
-        ]
-        for name, values in zip(names, each, strict=True):
-            if len(values) != len(each[0]) or not values:
-                raise RowError(
-                    f"{where}: document {name} has {len(values)} selection_features and document {names[0]} "
-                    f"{len(each[0])}; give the same ones, at least one, for each"
-                )
-        found["selection_features"] = each
-    if row.get("selection_propensity") is not None:
-        found["selection_propensity"] = _numbers(row["selection_propensity"], "selection_propensity", where, names)
-        for name, chance in zip(names, found["selection_propensity"], strict=True):
-            if not 0 < chance <= 1:
-                raise RowError(
-                    f"{where}: selection_propensity of document {name} is {chance:g}; it is a probability, above 0 and "
-                    "at most 1: what cannot be selected cannot be corrected for"
-                )
-    return found
+    return [bool(known) for known in judged]
 
 
 def _refuse_twice(values: Sequence[str], names: Sequence[str], problem: str, where: str) -> None:

@@ -98,7 +98,7 @@ def load_beir(
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        documents, questions = (_json_lines(_find(folder, name)) for name in ("corpus", "queries"))
+        documents, questions = (json_lines(_find(folder, name)) for name in ("corpus", "queries"))
     elif HUB_ID.fullmatch(str(name_or_folder)):
         documents, questions = (_from_hub(str(name_or_folder), name, name) for name in ("corpus", "queries"))
     else:
@@ -109,7 +109,21 @@ def load_beir(
         judgements = _tab_separated(_find_qrels(folder, split))
     else:
         judgements = _from_hub(f"{name_or_folder}-qrels", None, split)
-    qrels = _qrels(judgements)
+    return judged_task(documents, questions, _qrels(judgements), empty)
+
+
+def judged_task(
+    documents: Iterable[tuple[str, Any]],
+    questions: Iterable[tuple[str, Any]],
+    qrels: dict[str, dict[str, float]],
+    empty: str = "refuse",
+) -> RetrievalTask:
+    """A task of the queries that are judged.
+
+    Args:
+        documents, questions: `(place, for messages; record with _id, text and for documents title)`.
+        qrels, empty: see `RetrievalTask` and `load_beir`.
+    """
     corpus, dropped = _corpus(documents, empty)
     queries = {query_id: text for query_id, text in _queries(questions).items() if query_id in qrels}
     if dropped:
@@ -190,7 +204,7 @@ def read_run(path: str | Path) -> Run:
         RowError: by line, where it has not six columns, no finite score, or a document that its query had before.
     """
     run: Run = {}
-    for where, line in _lines(Path(path)):
+    for where, line in file_lines(Path(path)):
         columns = line.split()
         if len(columns) != 6:
             raise RowError(f"{where} has {len(columns)} columns; a run has six: qid Q0 docid rank score tag")
@@ -198,7 +212,7 @@ def read_run(path: str | Path) -> Run:
         documents = run.setdefault(query_id, {})
         if document_id in documents:
             raise RowError(f"{where}: query {query_id} had document {document_id} before; delete one of the two lines")
-        documents[document_id] = _number(score, where, "score")
+        documents[document_id] = finite_number(score, where, "score")
     return {query_id: dict(sorted(documents.items(), key=lambda item: -item[1])) for query_id, documents in run.items()}
 
 
@@ -305,7 +319,7 @@ def _qrels(rows: Iterable[tuple[str, Any]]) -> dict[str, dict[str, float]]:
         if missing:
             raise RowError(f"{where} has no column {missing[0]!r}; judgements have {', '.join(QRELS_HEADER)}")
         query_id, document_id, score = (record[name] for name in QRELS_HEADER)
-        gain = max(_number(score, where, "score"), 0.0)
+        gain = max(finite_number(score, where, "score"), 0.0)
         gains = qrels.setdefault(str(query_id), {})
         if gains.setdefault(str(document_id), gain) != gain:
             raise RowError(
@@ -333,7 +347,7 @@ def _text(record: Mapping[str, Any], where: str) -> str:
     return text
 
 
-def _number(value: Any, where: str, column: str) -> float:
+def finite_number(value: Any, where: str, column: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -358,7 +372,7 @@ def _find_qrels(folder: Path, split: str) -> Path:
     return path
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def file_lines(path: Path) -> Iterator[tuple[str, str]]:
     """`(file line number, text)` of every line with something on it."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as lines:
@@ -371,8 +385,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             raise RowError(f"{path} cannot be read after line {number} ({error}); copy it again") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for where, line in _lines(path):
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, line in file_lines(path):
         try:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
@@ -380,7 +394,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _tab_separated(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    lines = _lines(path)
+    lines = file_lines(path)
     where, header = next(lines, (f"{path}", ""))
     if header.split("\t") != QRELS_HEADER:
         raise RowError(f"{where} must be the header {' '.join(QRELS_HEADER)}, separated by tabs; it is {header!r}")

@@ -108,6 +108,46 @@ def masked_infonce(
     return infonce(pool, positive.to(pool.dtype), negatives | positive, temperature=temperature)
 
 
+def star_lists(
+    scores: Float[Tensor, "Q D"],
+    gains: Float[Tensor, "Q D"],
+    mask: Bool[Tensor, "Q D"],
+    *,
+    own: Bool[Tensor, "Q D"] | None = None,
+    alpha: float | None = None,
+    temperature: float = 1.0,
+) -> Float[Tensor, " Q"]:
+    """`star` over lists: each relevant document of a query against all that are not, averaged over the relevant ones.
+
+    Args:
+        scores, gains, mask: lists of documents, as in `losses.ranking`; here all documents of a batch, masked where
+            they are known to be relevant to the query and have no gain.
+        own: the query's own documents, of which the irrelevant ones were drawn for it. Default: all.
+        alpha, temperature: see `star`.
+
+    With one relevant document a query it is `star`; with several, each is a query of that batch.
+
+    Reduction: mean over queries.
+    """
+    own = mask if own is None else own
+    relevant = (gains > 0) & mask
+    rows, columns = relevant.nonzero(as_tuple=True)
+    wide = scores.masked_fill(~mask, 0.0)[rows]
+    losses = star(
+        wide.gather(-1, columns.unsqueeze(-1)),
+        wide,
+        torch.zeros_like(rows),
+        torch.ones_like(rows, dtype=torch.bool).unsqueeze(-1),
+        relevant[rows],
+        own[rows],
+        hard_mask=mask[rows],
+        alpha=alpha,
+        temperature=temperature,
+    )
+    totals = losses.new_zeros(len(scores)).index_add(0, rows, losses)
+    return totals / relevant.sum(-1).clamp(min=1)
+
+
 def _pool(
     scores: Tensor,
     hard_scores: Tensor,
@@ -239,3 +279,8 @@ SEARCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     **{name: loss for name, loss in RANKING_LOSSES.items() if name not in ("margin_mse", "kl_distill")},
 }
 """What can train on the lists of a search: nobody has a teacher's scores for documents that are found as one goes."""
+# --- Of a batch -------------------------------------------------------------------------------------------------------
+
+IN_BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {"star": star_lists, "masked_infonce": infonce}
+"""`(scores, gains, mask) -> [Q]` over all documents of a batch. `masked_infonce` is `infonce` then: what is known to be
+relevant is behind the mask."""

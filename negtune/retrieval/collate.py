@@ -1,6 +1,6 @@
 """Batches of candidate lists: every distinct text is tokenised and embedded once, whatever lists it is in.
 
-Shapes: B queries, D documents of the longest list.
+Shapes: B queries, D documents of the longest list, F features of a document.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from negtune.data.candidates import LEFT_OUT
+from negtune.retrieval.in_batch import share_texts
 
 
 @dataclass
@@ -24,6 +25,7 @@ class CandidateCollator:
         kind: of the model, see `losses.kind_of`.
         prompts: put before queries (`query`) and documents (`document`), or for a cross-encoder (a text) the pair.
         max_length: tokens of a text, or None for the model's own.
+        in_batch: queries share the documents: say which are known to be relevant to each, see `in_batch`.
         keep_rows: hand the rows themselves on, for a reward function.
         check: called with the rows of each batch.
     """
@@ -32,13 +34,14 @@ class CandidateCollator:
     kind: str
     prompts: Mapping[str, str] | str | None = None
     max_length: int | None = None
+    in_batch: bool = False
     keep_rows: bool = False
     check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None
     valid_label_columns: Sequence[str] = ()  # asked for by the host
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, and teacher, start, ideal where
-        rows have them; `rows`: their numbers."""
+        """`features`: one dict a column; `lists`: gains, mask, documents, left_out, known `in_batch`, and teacher,
+        start, ideal where rows have them; `rows`: their numbers."""
         if self.check is not None:
             self.check(rows)
         lengths = [len(row["documents"]) for row in rows]
@@ -51,6 +54,13 @@ class CandidateCollator:
             texts = [(row["query"], document) for row in rows for document in row["documents"]]
             features = [self._features(texts, "pair")]
             places = iter(range(len(texts)))
+        elif self.in_batch:
+            shared = share_texts(rows)
+            features = [
+                self._features([row["query"] for row in rows], "query"),
+                self._features(shared.texts, "document"),
+            ]
+            places, lists["known"] = iter(shared.places), shared.known
         else:
             distinct = {text: i for i, text in enumerate(dict.fromkeys(d for row in rows for d in row["documents"]))}
             features = [

@@ -15,7 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,13 +32,16 @@ from negtune._st_compat import (
     embed_columns,
     has_static_embedding_input,
 )
+from negtune.losses.hard_negatives import IN_BATCH_LOSSES
 from negtune.losses.plackett_luce import PolicyGradient, policy_gradient
 from negtune.losses.ranking import RANKING_LOSSES
 from negtune.metrics.ranking import greedy_reward, ideal_value
 from negtune.ops import at_least_float32
+from negtune.retrieval.in_batch import pooled, share_columns, split_ids
 
 logger = logging.getLogger(__name__)
 
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {**RANKING_LOSSES, **IN_BATCH_LOSSES}
 NEED_TEACHER = ("margin_mse", "kl_distill")
 READ_NO_GAINS = ("kl_distill",)
 UNIFORM, SATURATED = 0.98, 0.01
@@ -66,6 +69,9 @@ class Lists:
         teacher: scores of a teacher `[B D]`, or None.
         start: scores of the warm start `[B D]`, or None.
         ideal: gains of all judged documents of each query, zeros behind `[B I]`, or None.
+        known: documents of the batch that are known to be relevant to each query `[B M]`, or None; read `in_batch`.
+        own: which documents are the query's own, where lists hold those of the batch; withheld: how many it does not
+            have as candidates since they are known to be relevant, `[B]`.
         rows: the rows of the data set, for a reward function.
         total: queries that count in the whole optimiser step, over all processes, before any was scored; None: this
             batch is the step.
@@ -80,6 +86,9 @@ class Lists:
     teacher: Tensor | None = None
     start: Tensor | None = None
     ideal: Tensor | None = None
+    known: Tensor | None = None
+    own: Tensor | None = None
+    withheld: Tensor | None = None
     rows: Sequence[Mapping[str, Any]] | None = None
     left_out: int = 0
     total: float | None = None
@@ -143,17 +152,23 @@ class RankingLoss(CachedLossMixin, nn.Module):
     relevant one), for `margin_mse` and `kl_distill` a teacher's scores (NaN: padding); `CrossEncoderTrainer` with
     query, documents (a list) and `label` (a list as long). `RankingTrainer` makes one of these itself.
 
+    `in_batch`, a document that is known to be relevant to a query is no negative of it, and documents of the same text
+    count once. Relevant are a query's documents with a gain, also those of an equal query, and what `label` names with
+    `label_ids`. The batch is that of one process.
+
     Rankings are drawn once, from the scores that the gradient is of: also with dropout, and between the two passes of
     GradCache.
 
     Args:
         model: `SentenceTransformer`, `CrossEncoder` or `MultiVectorEncoder`.
-        loss_type: one of `RANKING_LOSSES`.
+        loss_type: one of `RANKING_LOSSES`, or `star` or `masked_infonce`, which are `in_batch`.
         scale: similarities are multiplied by it. Default: 20 for cosines, which are a uniform policy at 1; else 1.
         mini_batch_size: texts embedded at a time, by GradCache: memory for that many, the same gradients, two forward
             passes. None: all at once. Static embeddings cannot be split and are always embedded at once.
         mini_batch_num_tokens: the same, by tokens.
         in_batch: the documents of all queries of the batch are candidates of each, those of others with gain 0.
+        label_ids: labels of the columns query, positive, negative_1, ... are ids and not gains: of the documents (-1:
+            padding), then of all documents known to be relevant, padded with -1. `in_batch.to_columns` makes them.
         objective: `(scores, gains, mask, **more) -> [Q]` to use instead of the named one; `more` is that of `Lists`.
         reward_fn: for `pg_rank`, `(rankings [N B k], rows) -> rewards [N B]`; see `losses.ranking.pg_rank`.
         loss_kwargs: hyper-parameters of the objective.
@@ -162,7 +177,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         ValueError: no such objective or hyper-parameter, or a model whose similarity is neither cosine nor dot.
     """
 
-    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = RANKING_LOSSES
+    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = OBJECTIVES
 
     def __init__(
         self,
@@ -173,6 +188,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         mini_batch_num_tokens: int | None = None,
         in_batch: bool = False,
+        label_ids: bool = False,
         objective: Callable[..., Tensor] | None = None,
         reward_fn: Callable[..., Tensor] | None = None,
         **loss_kwargs: Any,
@@ -185,7 +201,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             raise ValueError(f"scale must be positive, got {self.scale}")
         self.loss_type, self.objective = loss_type, objective
         self.loss_kwargs = known_settings(loss_type, loss_kwargs, self.objectives)
-        self.reward_fn, self.in_batch = reward_fn, in_batch
+        self.reward_fn, self.label_ids = reward_fn, label_ids
+        self.in_batch = in_batch = in_batch or loss_type in IN_BATCH_LOSSES
         if reward_fn is not None and loss_type != "pg_rank":
             raise ValueError(f"reward_fn is for pg_rank, got loss_type={loss_type}")
         if in_batch and self.kind == "cross_encoder":
@@ -197,6 +214,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             )
         if in_batch and reward_fn is not None:
             raise ValueError("in_batch ranks documents of other queries too, which reward_fn does not know")
+        if label_ids and not in_batch:
+            raise ValueError("label_ids say what is no negative among the documents of others; set in_batch=True")
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.mini_batch_size = mini_batch_size if mini_batch_size is not None else 32
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
@@ -229,14 +248,15 @@ class RankingLoss(CachedLossMixin, nn.Module):
         return self._scores([[self._outputs(column)] for column in features], lists).masked_fill(~lists.mask, 0.0)
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
-        """Of embeddings of the columns, as some wrapper losses have them."""
+        """Of embeddings of the columns, as some wrapper losses have them; `in_batch` ids alone say then what is the
+        same."""
         if not isinstance(labels, Lists):
-            labels = self._lists_of(labels, len(embeddings[0]), len(embeddings) - 1, embeddings[0].device)
+            labels = self._lists_of(labels, len(embeddings[0]), len(embeddings) - 1, embeddings[0].device, None)
         return self.calculate_loss([[rep] for rep in embeddings], labels)
 
     def calculate_loss(self, reps: Sequence[Sequence[Tensor]], labels: Lists, *, with_backward: bool = False) -> Tensor:
         """The loss from embeddings (or pair scores) of each column in mini-batches, down to them if asked."""
-        lists = self._pooled(labels) if self.in_batch else labels
+        lists = pooled(labels) if self.in_batch else labels
         with torch.autocast(lists.mask.device.type, enabled=False):
             loss = self._loss(self._scores(reps, lists), lists)
             if with_backward:
@@ -291,10 +311,15 @@ class RankingLoss(CachedLossMixin, nn.Module):
         if len(features) < 2:
             raise ValueError(f"need a query column and at least one document column, got {len(features)} columns")
         n_queries = _rows(features[0])
-        return features, self._lists_of(labels, n_queries, len(features) - 1, features[0]["input_ids"].device)
+        return features, self._lists_of(labels, n_queries, len(features) - 1, features[0]["input_ids"].device, features)
 
-    def _lists_of(self, labels: Any, n_queries: int, n_columns: int, device: torch.device) -> Lists:
+    def _lists_of(
+        self, labels: Any, n_queries: int, n_columns: int, device: torch.device, features: list[Any] | None
+    ) -> Lists:
         """Without labels the first document is the relevant one."""
+        if self.label_ids:
+            gains = split_ids(labels, n_queries, n_columns)
+            return share_columns(Lists.of_labels(gains, n_queries, n_columns), features, labels)
         if labels is None and not self.teacher:
             labels = _first_relevant(torch.zeros(n_queries, n_columns, device=device))
         if not isinstance(labels, Tensor):
@@ -303,7 +328,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
                 if labels is None
                 else "labels of a bi-encoder must be rectangular: pad lists with empty documents and label -1"
             )
-        return Lists.of_labels(labels, n_queries, n_columns, teacher=self.teacher)
+        lists = Lists.of_labels(labels, n_queries, n_columns, teacher=self.teacher)
+        return share_columns(lists, features) if self.in_batch else lists
 
     def _pairs(self, inputs: list[Any], labels: Any, prompt: str | None, task: str | None) -> tuple[list[Any], Lists]:
         queries, documents = inputs
@@ -322,19 +348,6 @@ class RankingLoss(CachedLossMixin, nn.Module):
     def teacher(self) -> bool:
         """Whether labels of sentence-transformers' trainers are a teacher's scores."""
         return self.loss_type in NEED_TEACHER and self.objective is None
-
-    def _pooled(self, lists: Lists) -> Lists:
-        """All documents of the batch as candidates of each query; what is in its own list keeps its gain."""
-        n_documents = int(lists.documents[lists.mask].max()) + 1
-        gains = torch.zeros(len(lists.gains), n_documents + 1, device=lists.gains.device)
-        own = lists.documents.masked_fill(~lists.mask, n_documents)
-        gains.scatter_(-1, own, lists.gains.float())
-        present = torch.zeros(n_documents + 1, dtype=torch.bool, device=gains.device)
-        present[own.flatten()] = True
-        shape = (len(gains), n_documents)
-        everywhere = torch.arange(n_documents, device=gains.device).expand(shape)
-        mask = present[:-1].expand(shape)
-        return replace(lists, gains=gains[:, :-1], mask=mask, documents=everywhere, teacher=None, start=None)
 
     # --- from scores to the loss --------------------------------------------------------------------------------------
 
@@ -386,6 +399,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
             if lists.teacher is None:
                 raise ValueError(f"{self.loss_type} needs teacher_scores, one for each document")
             arguments["teacher_scores"] = lists.teacher
+        if self.loss_type == "star":
+            arguments["own"] = lists.own
         if self.loss_type == "lambda_rank" and lists.ideal is not None:
             arguments["ideal_gains"] = lists.ideal
         return arguments
@@ -409,6 +424,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
 
         `reward/greedy`: the metric of each list ranked by score, equal scores in the worst order, lists without a
         relevant document left out; `positive/score`, `negative/score` and `positive/probability` (to be drawn first);
+        `in_batch/withheld`: documents of the batch that a query has not as candidates, known to be relevant to it;
         `queries/skipped`: share without a relevant document (those that a stream left out among them), or unscored;
         `queries/unscored`: share of which a reward function scored too few rankings. Of `pg_rank` also
         `reward/expected`: the mean of sampled rankings; `reward/flat`: share of queries whose samples all earn the
@@ -444,6 +460,8 @@ class RankingLoss(CachedLossMixin, nn.Module):
         temperature = self.loss_kwargs.get("temperature", 1.0)
         chances = (scores / temperature).masked_fill(~lists.mask, -torch.inf).softmax(-1)
         add("positive/probability", chances.masked_fill(~relevant, 0.0).sum(-1), relevant.any(-1))
+        if lists.withheld is not None:
+            add("in_batch/withheld", lists.withheld, counted)
         skipped = sums["queries/skipped"]
         skipped[0], skipped[1] = (n + lists.left_out for n in skipped)
         add("queries/skipped", (~counted).double(), torch.ones_like(counted))
@@ -502,6 +520,13 @@ class RankingLoss(CachedLossMixin, nn.Module):
     @property
     def citation(self) -> str:
         """Of the objective, in BibTeX."""
+        if self.loss_type == "star":
+            return (
+                "@inproceedings{zhan2021optimizing,\n"
+                "    title={Optimizing Dense Retrieval Model Training with Hard Negatives},\n"
+                "    author={Jingtao Zhan and Jiaxin Mao and Yiqun Liu and Jiafeng Guo and Min Zhang and Shaoping Ma},"
+                "\n    booktitle={SIGIR},\n    year={2021},\n    eprint={2104.08051},\n    archivePrefix={arXiv}\n}"
+            )
         if self.loss_type != "pg_rank":
             return ""
         return (
@@ -544,7 +569,7 @@ def _similarity(model: Any) -> str:
 
 
 def known_settings(
-    loss_type: str, given: Mapping[str, Any], objectives: Mapping[str, Callable[..., Tensor]] = RANKING_LOSSES
+    loss_type: str, given: Mapping[str, Any], objectives: Mapping[str, Callable[..., Tensor]] = OBJECTIVES
 ) -> dict[str, Any]:
     """Hyper-parameters of one of the objectives, tried out on a list of their own.
 
@@ -555,7 +580,7 @@ def known_settings(
         raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(sorted(objectives))}")
     objective = objectives[loss_type]
     parameters = inspect.signature(objective).parameters.values()
-    ours = ("reward_fn", "ideal_gains", "ref_scores", "generator", "teacher_scores", "ranks")
+    ours = ("reward_fn", "ideal_gains", "ref_scores", "generator", "teacher_scores", "ranks", "own")
     names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ours]
     for name in given:
         if name not in names:

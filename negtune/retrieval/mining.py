@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from negtune.data.retrieval import RetrievalTask, text_key
+from negtune.data.retrieval import RetrievalTask, duplicate_documents, text_key
 from negtune.records import RecordError, read_jsonl, write_jsonl
 from negtune.retrieval.retrievers import Retriever
 
@@ -206,10 +206,37 @@ def read_lists(path: str | Path) -> list[CandidateList]:
     return lists
 
 
-def to_rows(lists: Iterable[CandidateList]) -> list[dict[str, Any]]:
-    """Rows to train on, as `data.candidates` describes and checks them, without where the documents were found."""
+def to_rows(
+    lists: Iterable[CandidateList], *, task: RetrievalTask | None = None, selected_by: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows to train on, as `data.candidates` describes and checks them.
+
+    Args:
+        lists: from `mine`.
+        task: gives each row `known_positives`: all relevant documents of the query, also those in no list, and
+            documents with their text. Where documents of a batch are shared, those are no negatives.
+        selected_by: name of the retriever whose ranks become `selection_ranks`. Default: none.
+
+    Raises:
+        ValueError: a list was not mined with that retriever.
+    """
     names = ("query_id", "query", "document_ids", "documents", "gains", "judged", "ideal_gains")
-    return [{name: getattr(one, name) for name in names} for one in lists]
+    twins = {} if task is None else {d: group for group in duplicate_documents(task) for d in group}
+    rows = []
+    for one in lists:
+        row = {name: getattr(one, name) for name in names}
+        if task is not None:
+            relevant = task.positives(one.query_id)
+            row["known_positives"] = list(dict.fromkeys(twin for d in relevant for twin in twins.get(d, [d])))
+        if selected_by is not None:
+            if selected_by not in one.ranks:
+                raise ValueError(
+                    f"the list of query {one.query_id} has no ranks of {selected_by}; it was mined with "
+                    f"{', '.join(one.ranks)}"
+                )
+            row |= {"selection_retriever": selected_by, "selection_ranks": one.ranks[selected_by]}
+        rows.append(row)
+    return rows
 
 
 Hits = dict[int, tuple[int, float]]

@@ -128,6 +128,7 @@ class RankingTrainer(BaseTrainer):
             model.preprocess,
             loss.kind,
             prompts=prompts_of(model, loss.kind),
+            in_batch=loss.in_batch,
             keep_rows=reward_fn is not None,
             check=room,
         )
@@ -166,6 +167,7 @@ class RankingTrainer(BaseTrainer):
             candidate_rows,
             **settings,
             scored=gainless,
+            in_batch=args.in_batch,
             keep=reward_fn is not None,
             provenance=self.reads_provenance,
             in_memory=args.redact,

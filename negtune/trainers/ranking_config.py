@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from negtune._st_compat import BaseTrainingArguments
-from negtune.losses.ranking import RANKING_LOSSES
-from negtune.retrieval.losses import NEED_TEACHER, known_settings
+from negtune.losses.hard_negatives import IN_BATCH_LOSSES
+from negtune.retrieval.losses import NEED_TEACHER, OBJECTIVES, known_settings
 from negtune.trainers.config import CHECKPOINTING, trains_on_cpu
 
 KINDS = ("auto", "bi_encoder", "cross_encoder", "multi_vector", "causal_lm")
-OBJECTIVE = ("k", "n_samples", "estimator", "metric", "gain", "temperature", "entropy_weight", "kl_weight")
+OBJECTIVE = ("k", "n_samples", "estimator", "metric", "gain", "temperature", "alpha", "entropy_weight", "kl_weight")
 """Fields that are hyper-parameters of the objective."""
 
 
@@ -28,7 +28,7 @@ class RankingConfig(BaseTrainingArguments):
     for a cross-encoder a text; by default those of the model, which searching uses too.
     """
 
-    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = RANKING_LOSSES
+    objectives: ClassVar[Mapping[str, Callable[..., Tensor]]] = OBJECTIVES
 
     output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and records go."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Adapters want ten times as much."})
@@ -48,7 +48,9 @@ class RankingConfig(BaseTrainingArguments):
             "its yes and no logits). auto: bi_encoder."
         },
     )
-    loss_type: str = field(default="pg_rank", metadata={"help": "One of negtune.losses.ranking.RANKING_LOSSES."})
+    loss_type: str = field(
+        default="pg_rank", metadata={"help": "One of negtune.losses.ranking.RANKING_LOSSES, star or masked_infonce."}
+    )
     k: int | None = field(default=None, metadata={"help": "Places that count; the objective's default if not given."})
     n_samples: int | None = field(default=None, metadata={"help": "Sampled rankings a query; pg_rank: 16."})
     estimator: str | None = field(
@@ -57,6 +59,9 @@ class RankingConfig(BaseTrainingArguments):
     metric: str | None = field(default=None, metadata={"help": "Of pg_rank: ndcg, dcg, precision, recall, mrr or map."})
     gain: str | None = field(default=None, metadata={"help": "Of a grade: linear or exponential."})
     temperature: float | None = field(default=None, metadata={"help": "Scores are divided by it."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Of star: weight of other queries' documents beside the query's own negatives."}
+    )
     entropy_weight: float | None = field(default=None, metadata={"help": "Bonus for entropy, of pg_rank."})
     kl_weight: float | None = field(default=None, metadata={"help": "Cost of leaving the warm start, of pg_rank."})
     loss_kwargs: dict[str, Any] | str | None = field(
@@ -66,7 +71,11 @@ class RankingConfig(BaseTrainingArguments):
         default=None, metadata={"help": "Similarities are multiplied by it. Default: 20 for cosines, else 1."}
     )
     in_batch: bool = field(
-        default=False, metadata={"help": "Documents of the batch's other queries are candidates too, with gain 0."}
+        default=False,
+        metadata={
+            "help": "Documents of the batch's other queries are candidates too, with gain 0, but for those that are "
+            "known to be relevant. On for star and masked_infonce."
+        },
     )
     mini_batch_size: int | None = field(
         default=None, metadata={"help": "Texts embedded at a time (GradCache, exact): memory for that many."}
@@ -101,6 +110,7 @@ class RankingConfig(BaseTrainingArguments):
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise ValueError(f"scale must be positive and finite, got {self.scale}")
         known_settings(self.loss_type, self.objective_settings(), self.objectives)
+        self.in_batch = self.in_batch or self.loss_type in IN_BATCH_LOSSES
         if self.kl_weight and self.loss_type != "pg_rank":
             raise ValueError(f"kl_weight is for pg_rank, got loss_type={self.loss_type}")
         for name in ("mini_batch_size", "mini_batch_num_tokens", "max_length"):

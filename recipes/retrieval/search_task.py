@@ -65,14 +65,24 @@ def read_task(data: str | None, *, train_split: str | None, test_share: float, s
 
 
 def mined(
-    model: Any, task: RetrievalTask, *, n_documents: int, seed: int, bm25: bool = False, dense: bool = True
+    model: Any,
+    task: RetrievalTask,
+    *,
+    n_documents: int,
+    seed: int,
+    bm25: bool = False,
+    dense: bool = True,
+    depth: int = DEPTH,
+    select: str = "top",
 ) -> Mined:
-    """Lists for the queries of a task from what the model and BM25 find, with every relevant document that fits."""
+    """Lists for the queries of a task from the first `depth` that the model and BM25 find, with every relevant document
+    that fits; `select`: see `mine`."""
     retrievers: list[Any] = [DenseRetriever(model, task.corpus)] if dense else []
     if bm25:
         retrievers.append(BM25Retriever(task.corpus))
     half = max(1, n_documents // 2)
-    return mine(task, retrievers, n_documents=n_documents, positives="guaranteed", max_positives=half, seed=seed)
+    settings: dict[str, Any] = {"positives": "guaranteed", "max_positives": half, "depth": depth, "select": select}
+    return mine(task, retrievers, n_documents=n_documents, **settings, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -207,14 +207,104 @@ def test_a_teacher_is_asked_for_only_where_it_is_read():
         candidate_rows([PLAIN], teacher=True)
 
 
-@pytest.mark.parametrize("column", ["ideal_gains", "teacher_scores"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("ideal_gains", [2.0, 1.0]),
+        ("teacher_scores", [2.0, 1.0]),
+        ("known_positives", ["z"]),
+        ("selection_ranks", [1, 2]),
+        ("selection_retriever", ["bm25", "dense"]),
+    ],
+)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_column_that_batches_are_made_of_is_in_all_rows_or_in_none(column, first):
-    rows = [PLAIN | {column: [2.0, 1.0]}, PLAIN]
+def test_a_column_that_batches_are_made_of_is_in_all_rows_or_in_none(column, value, first):
+    rows = [PLAIN | {column: value}, PLAIN]
     rows = rows if first else rows[::-1]
     for source in (rows, Dataset.from_list([{column: None, **row} for row in rows])):
         with pytest.raises(RowError, match=f"train row 1: some rows have {column} and others not; give them in all"):
-            candidate_rows(source)
+            candidate_rows(source, in_batch=True)
+
+
+# --- What is known to be relevant, and how documents were selected --------------------------------------------------
+
+SELECTED = {
+    "selection_retriever": ["bm25", "dense"],
+    "selection_ranks": [1, None],
+    "selection_propensity": [1.0, 0.25],
+    "selection_features": [[1, 0.5], [0, -2.0]],
+}
+
+
+def test_how_documents_were_selected_comes_through():
+    found = checked_row(FULL | SELECTED, "row 0")
+    assert {name: found[name] for name in SELECTED} == SELECTED | {"selection_ranks": [1, 0]}
+    assert checked_row(PLAIN | {"selection_retriever": "bm25"}, "row 0")["selection_retriever"] == ["bm25", "bm25"]
+    assert not set(SELECTED) & set(checked_row(FULL, "row 0"))
+    as_set = candidate_rows(Dataset.from_list([PLAIN | SELECTED, PLAIN | SELECTED | {"selection_ranks": [None, 9]}]))
+    assert as_set["selection_ranks"][:] == [[1, 0], [0, 9]]
+    unfound = PLAIN | SELECTED | {"selection_ranks": [None, None]}
+    assert [row["selection_ranks"] for row in candidate_rows(stream(unfound, PLAIN | SELECTED))] == [[0, 0], [1, 0]]
+
+
+def test_known_positives_are_kept_where_documents_are_shared():
+    row = FULL | {"known_positives": ["a", 9]}
+    found = checked_row(row, "row 0", in_batch=True)
+    assert (found["known_positives"], found["document_ids"]) == (["a", "9"], ["a", "b"])
+    assert not {"known_positives", "document_ids"} & set(checked_row(row, "row 0"))
+    found = checked_row(PLAIN | {"known_positives": ["z  z\n", "x"]}, "row 0", in_batch=True)
+    assert found["known_positives"] == ["z z", "x"]
+    assert "document_ids" not in found
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"selection_retriever": ["bm25"]}, "2 documents and 1 selection_retriever; give one for each document"),
+        ({"selection_retriever": ["bm25", " "]}, "selection_retriever of document b is ' '; give a name"),
+        ({"selection_ranks": [1]}, "2 documents and 1 selection_ranks"),
+        ({"selection_ranks": [1, 0]}, "selection_ranks of document b is 0; ranks are whole numbers from 1, None where"),
+        ({"selection_ranks": [True, 1]}, "selection_ranks of document a is True; ranks are whole numbers"),
+        ({"selection_ranks": [1, 1.5]}, "selection_ranks of document b is 1.5; ranks are whole numbers"),
+        ({"selection_propensity": [1.0]}, "2 documents and 1 selection_propensity"),
+        ({"selection_propensity": [0.0, 1.0]}, "selection_propensity of document a is 0; it is a chance, above 0 and"),
+        ({"selection_propensity": [1.0, 1.01]}, "selection_propensity of document b is 1.01; it is a chance"),
+        ({"selection_propensity": [1.0, math.nan]}, "selection_propensity[1] of document b is nan"),
+        ({"selection_features": [[1.0]]}, "2 documents and 1 selection_features"),
+        ({"selection_features": [1.0, 2.0]}, "selection_features of document a must be a list, got 1.0"),
+        ({"selection_features": [[1.0], [math.inf]]}, "selection_features of document b[0] is inf"),
+        ({"selection_features": [[1.0], [1.0, 2.0]]}, "selection_features of document b are 2 numbers, those of docum"),
+        ({"selection_features": [[], []]}, "selection_features of document a are 0 numbers"),
+        ({"known_positives": []}, "known_positives are empty; name the documents that are relevant to the query"),
+        ({"known_positives": "a"}, "known_positives must be a list, got 'a'"),
+        ({"known_positives": ["a", "b"]}, "document b has gain 0 and is among known_positives; give its gain, take it"),
+    ],
+)
+def test_selection_and_known_positives_that_cannot_be_are_named(changed, message):
+    checked_row(FULL | SELECTED | {"known_positives": ["a"]}, "row 3")
+    with pytest.raises(RowError) as raised:
+        checked_row(FULL | SELECTED | changed, "row 3")
+    assert str(raised.value).startswith(f"row 3 (query 7): {message}")
+
+
+def test_features_are_equally_many_in_all_rows():
+    rows = [PLAIN | {"selection_features": [[1.0], [2.0]]}, PLAIN | {"selection_features": [[1.0, 0.0], [2.0, 0.0]]}]
+    with pytest.raises(RowError, match="train row 1: 2 selection_features a document, and 1 in the first row; give"):
+        candidate_rows(rows)
+
+
+@pytest.mark.parametrize("as_set", [list, Dataset.from_list])
+def test_places_in_a_list_are_no_ids_of_documents(as_set):
+    rows = [
+        {"query": f"q{i}", "documents": [f"x{i}", "y"], "gains": [1, 0], "document_ids": ["0", "1"]} for i in range(2)
+    ]
+    assert len(candidate_rows(as_set(rows), in_batch=True)) == 2
+    rows = [row | {"known_positives": ["0"]} for row in rows]
+    with pytest.raises(RowError, match="train row 1: document 0 had another text before; beside known_positives docum"):
+        candidate_rows(as_set(rows), in_batch=True)
+    assert len(candidate_rows(as_set(rows))) == 2
+    spaced = [{**rows[0], "documents": ["x0 ", " y"]}, rows[0]]
+    assert len(candidate_rows(as_set(spaced), in_batch=True)) == 2
 
 
 def test_the_first_row_of_a_stream_is_read_at_once_and_the_others_when_they_are_reached():
@@ -273,14 +363,6 @@ def test_where_documents_come_from_comes_through_where_it_is_asked_for():
     [
         ({"judged": [True, None]}, "judged of document b is None; say True or False"),
         ({"judged": [True, "no"]}, "judged of document b is 'no'"),
-        ({"selection_features": [[1.0]]}, "2 documents and 1 selection_features"),
-        ({"selection_features": [[1.0], 2.0]}, "selection_features of document b must be a list, got 2.0"),
-        ({"selection_features": [[1.0], [None]]}, r"selection_features of document b\[0\] is None, which is no finite"),
-        ({"selection_features": [[1.0], [1.0, 2.0]]}, "document b has 2 selection_features and document a 1"),
-        ({"selection_features": [[], []]}, "document a has 0 selection_features"),
-        ({"selection_propensity": [0.5, 0.0]}, "selection_propensity of document b is 0; .* cannot be corrected for"),
-        ({"selection_propensity": [1.5, 0.5]}, "selection_propensity of document a is 1.5"),
-        ({"selection_propensity": [0.5]}, "2 documents and 1 selection_propensity"),
     ],
 )
 def test_bad_provenance_is_refused_by_name(changed, message):
@@ -288,9 +370,6 @@ def test_bad_provenance_is_refused_by_name(changed, message):
         checked_row(KNOWN | changed, "row 0", provenance=True)
 
 
-def test_provenance_is_given_in_all_rows_or_none_and_of_one_width():
-    with pytest.raises(RowError, match="train row 1: some rows have selection_features and others not"):
+def test_provenance_is_given_in_all_rows_or_none():
+    with pytest.raises(RowError, match="train row 1: some rows have selection_propensity and others not"):
         candidate_rows([KNOWN, FULL], provenance=True)
-    wide = KNOWN | {"selection_features": [[1.0], [2.0]]}
-    with pytest.raises(RowError, match="train row 1: its documents have 1 selection_features and those of the first"):
-        candidate_rows([KNOWN, wide], provenance=True)

@@ -7,7 +7,14 @@ from math import exp, log, log2
 import pytest
 import torch
 
-from negtune.losses.hard_negatives import adore, append_missed, masked_infonce, star
+from negtune.losses.hard_negatives import (
+    IN_BATCH_LOSSES,
+    adore,
+    append_missed,
+    masked_infonce,
+    star,
+    star_lists,
+)
 from negtune.losses.ranking import lambda_rank, rank_net
 
 YES, NO = True, False
@@ -221,6 +228,68 @@ def test_a_gap_of_100_stays_finite_in_float32(name):
     assert loss.isfinite().all()
     assert loss.sum() > (25 if name == "star, alpha" else 90)  # alpha weighs pairs in the batch .3
     assert scores.grad.isfinite().all()
+
+
+# --- Over lists -----------------------------------------------------------------------------------------------------
+
+
+def lists_of(scores, hard_scores, relevant, hard_relevant, own):
+    """The batch as lists of all its documents: each query's positive is the only one with a gain."""
+    n = len(scores)
+    gains = torch.cat([torch.eye(n, dtype=scores.dtype), torch.zeros_like(hard_scores)], -1)
+    known = torch.cat([relevant & ~torch.eye(n, dtype=torch.bool), hard_relevant], -1)
+    mine = torch.cat([torch.eye(n, dtype=torch.bool), own], -1)
+    return torch.cat([scores, hard_scores], -1), gains, ~known, mine & ~known
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_star_over_lists_with_one_positive_each_is_star(alpha):
+    scores, hard_scores, positives, relevant, hard_relevant, own = batch()
+    pool, gains, mask, mine = lists_of(scores, hard_scores, relevant, hard_relevant, own)
+    expected = star(scores, hard_scores, positives, relevant, hard_relevant, own, alpha=alpha, temperature=0.5)
+    found = star_lists(pool, gains, mask, own=mine, alpha=alpha, temperature=0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def test_masked_infonce_over_lists_is_masked_infonce():
+    scores, hard_scores, positives, relevant, hard_relevant, own = batch()
+    pool, gains, mask, _ = lists_of(scores, hard_scores, relevant, hard_relevant, own)
+    expected = masked_infonce(scores, hard_scores, positives, relevant, hard_relevant, temperature=0.5)
+    torch.testing.assert_close(IN_BATCH_LOSSES["masked_infonce"](pool, gains, mask, temperature=0.5), expected)
+
+
+def test_star_over_lists_takes_the_mean_over_a_querys_positives():
+    """Query 0 has two positives and 2 negatives, query 1 one of each: 5 pairs, of 3 queries with one positive each."""
+    scores = doubles([1.0, 2.0, 0.5, 9.0, -1.0], [0.0, 3.0, 9.0, 1.0, 9.0])
+    gains = doubles([1, 2, 0, 0, 0], [0, 1, 0, 0, 0])
+    mask = booleans([YES, YES, YES, NO, YES], [NO, YES, NO, YES, NO])
+
+    def pair(negative, positive):
+        return log(1 + exp(negative - positive))
+
+    share = 3 / 5
+    first = share * (pair(0.5, 1) + pair(-1, 1) + pair(0.5, 2) + pair(-1, 2)) / 2
+    torch.testing.assert_close(star_lists(scores, gains, mask), doubles(first, share * pair(1, 3)))
+    own = booleans([YES, YES, YES, NO, NO], [NO, YES, NO, NO, NO])  # 2 own pairs, 3 others
+    static, random = 3 / 2 * (pair(0.5, 1) + pair(0.5, 2)) / 2, 3 / 3 * (pair(-1, 1) + pair(-1, 2)) / 2
+    expected = doubles(static + 0.5 * random, 0.5 * 3 / 3 * pair(1, 3))
+    torch.testing.assert_close(star_lists(scores, gains, mask, own=own, alpha=0.5), expected)
+
+
+def test_star_over_lists_reads_nothing_behind_the_mask():
+    scores, hard_scores, _, relevant, hard_relevant, own = batch()
+    pool, gains, mask, mine = lists_of(scores, hard_scores, relevant, hard_relevant, own)
+    found = []
+    for nonsense in (0.0, float("nan"), float("inf")):
+        filled = pool.masked_fill(~mask, nonsense).requires_grad_()
+        losses = star_lists(filled, gains.masked_fill(~mask, 99.0), mask, own=mine | ~mask)
+        losses.sum().backward()
+        found.append((losses.detach(), filled.grad))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=0, rtol=0)
+    assert (found[0][1][~mask] == 0).all()
+    none = torch.zeros_like(mask)
+    assert (star_lists(pool, gains, none) == 0).all()
 
 
 # --- ADORE ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,27 @@ def test_two_processes_train_an_adapter_for_queries_by_policy_gradient(tmp_path)
     assert (tmp_path / "router_config.json").exists()
 
 
+@pytest.mark.parametrize("flags", [[], pytest.param(["--loss_type", "masked_infonce"], marks=pytest.mark.slow)])
+def test_a_retriever_is_trained_on_static_hard_negatives(tmp_path, flags):
+    done = launch("retrieval/star.py", tmp_path, "--smoke", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    arms = json.loads((tmp_path / "metrics.json").read_text())["arms"]
+    assert list(arms) == ["start", "warm-up", "masked_infonce" if flags else "star"]
+    history = read_jsonl(tmp_path / "history.jsonl")
+    assert any(row.get("in_batch/withheld", 0) > 0 for row in history)
+    lists = read_lists(tmp_path / "candidates.jsonl")
+    negatives = [
+        (rank, one.query_id)
+        for one in lists
+        for rank, gain in zip(one.ranks["dense"], one.gains, strict=True)
+        if gain == 0
+    ]
+    assert len({query_id for _, query_id in negatives}) > 10
+    assert 20 < max(rank for rank, _ in negatives) <= 40
+    assert (tmp_path / "report.html").stat().st_size > 5_000
+    assert (tmp_path / "model.safetensors").exists()
+
+
 @needs_adapters
 def test_a_language_model_is_trained_to_rerank(tmp_path):
     done = launch("retrieval/llm_reranker.py", tmp_path, "--smoke")
@@ -163,6 +184,7 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm,
         ("pg_rank", ["--data", "nowhere/at/all"], "no folder nowhere/at/all"),
         ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
         ("adore", ["--metric_cut", "0"], "metric_cut counts places and must be at least 1, got 0"),
+        ("star", ["--loss_type", "pg_rank"], "take star or masked_infonce, or --in_batch true with another objective"),
         ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
         ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
         ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),

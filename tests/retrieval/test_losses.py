@@ -31,10 +31,10 @@ def batch_of(model, loss, made):
     return batch["features"], Lists(**batch["lists"])
 
 
-def gradients(model, loss, made, seed=0):
+def gradients(model, loss, made, seed=0, collate=batch_of):
     """Loss and gradients by name, with draws (and dropout) that start from `seed`."""
     model.zero_grad()
-    features, lists = batch_of(model, loss, made)
+    features, lists = collate(model, loss, made)
     torch.manual_seed(seed)
     value = loss(features, lists)
     value.backward()

@@ -199,6 +199,20 @@ def test_rows_have_what_a_trainer_needs_and_no_more():
     assert list(candidate_rows(rows, k=2)) == list(candidate_rows(lists, k=2))
 
 
+def test_rows_name_all_that_is_known_to_be_relevant_and_what_found_their_documents():
+    corpus = {**CORPUS, "twin": CORPUS["d"] + " "}
+    task = RetrievalTask(corpus, {"1": "first"}, {"1": {"j": 1.0, "d": 2.0, "b": 0.0}})
+    lists = mine(task, BOTH, n_documents=3, max_positives=1).lists
+    (row,) = to_rows(lists, task=task, selected_by="dense")
+    assert sorted(row["known_positives"]) == ["d", "j", "twin"]
+    assert not {"d", "twin"} & {d for d, gain in zip(row["document_ids"], row["gains"], strict=True) if gain == 0}
+    assert row["selection_ranks"] == lists[0].ranks[row["selection_retriever"]]
+    (checked,) = candidate_rows([row], in_batch=True)
+    assert checked["selection_ranks"] == [rank or 0 for rank in row["selection_ranks"]]
+    with pytest.raises(ValueError, match="the list of query 1 has no ranks of splade; it was mined with"):
+        to_rows(lists, selected_by="splade")
+
+
 def test_lists_without_the_ideal_of_their_query_have_to_be_mined_again(tmp_path):
     old = {name: value for name, value in vars(mine(TASK, BOTH).lists[0]).items() if name != "ideal_gains"}
     (tmp_path / "lists.jsonl").write_text(json.dumps(old) + "\n")

@@ -495,7 +495,7 @@ UNEVEN[2] = {**UNEVEN[2], "selection_features": [[1.0]] * len(UNEVEN[2]["documen
         (rows(4), {}, "mode official needs a model of selection: give rows selection_features"),
         (rows(4), {"mode": "ips"}, "mode ips needs rows with selection_propensity"),
         (BOTH, {"mode": "em"}, "rows have selection_features and selection_propensity; leave one of the two out"),
-        (UNEVEN, {}, "train row 2: its documents have 1 selection_features and those of the first row 2"),
+        (UNEVEN, {}, "train row 2: 1 selection_features a document, and 2 in the first row"),
         (rows(4), {"selection": "features"}, "a FeatureSelection reads selection_features, which the rows do not have"),
         (with_features(rows(4)), {"selection": "wide"}, "this FeatureSelection reads 3 features a document, got 2"),
         (with_features(rows(4)), {"selection": "text"}, "selection_features, which a cross-encoder does not read"),

@@ -216,12 +216,12 @@ def adore(
     refuse_not_positive(temperature=temperature)
     refuse_unknown_gain(gain)
     scores = at_least_float32(scores) / temperature
-    gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
+    gains = gains.to(scores).masked_fill(~mask, 0.0).clamp(min=0)
     if metric == "mrr":
-        gains = (gains > 0).to(gains.dtype)
+        gains = (gains > 0).to(scores)
     with torch.no_grad():
         places = ranks_by_score(scores, gains, mask) if ranks is None else _checked(ranks, mask)
-        places = places.to(gains.dtype)
+        places = places.to(scores)
         values = 1 / (places if metric == "mrr" else discount(places))
         if metric_cut is not None:
             values = values.masked_fill(places > metric_cut, 0.0)

@@ -376,8 +376,13 @@ def test_adore_over_the_whole_list_is_lambda_rank_over_its_pairs():
     torch.testing.assert_close(ours, theirs / pairs)
     assert (ours > 0).any()
     ours = adore(scores, gains, full(scores), metric="ndcg")
-    theirs = lambda_rank(scores, gains, full(scores), k=None)  # its discounts are float32
-    torch.testing.assert_close(ours, theirs / pairs, atol=1e-6, rtol=1e-6)
+    theirs = lambda_rank(scores, gains, full(scores), k=None)
+    torch.testing.assert_close(ours, theirs / pairs, atol=1e-14, rtol=1e-12)
+    grades = gains.float()
+    for metric in ("mrr", "ndcg"):  # gains of a data set are float32
+        narrow = adore(scores, grades, full(scores), metric=metric, ideal_gains=3 * grades)
+        wide = adore(scores, gains, full(scores), metric=metric, ideal_gains=3 * gains)
+        torch.testing.assert_close(narrow, wide, atol=0, rtol=0)
     # places 1 and never: all weights are 1, which is RankNet
     ranks = torch.where(gains > 0, 1, 10**9)
     even = adore(scores, gains, full(scores), ranks=ranks)

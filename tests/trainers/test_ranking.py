@@ -265,10 +265,10 @@ def test_accumulation_counts_only_queries_that_count(tmp_path):
     made = [{**r, "row": i} for i, r in enumerate(rows(4, documents=4))]
     made[1]["gains"] = [0.0] * 4
     micro = [trainer.collate(made[:2]), trainer.collate(made[2:])]
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
     from negtune.trainers.steps import tell_step_totals
 
-    tell_step_totals(trainer, micro, lambda batch: trainer.loss.counted(_lists(batch)).sum())
+    tell_step_totals(trainer, micro, lambda batch: trainer.loss.counted(lists_of(batch)).sum())
     parts = [trainer.compute_loss(model, batch).item() / 2 for batch in micro]
     whole = trainer.compute_loss(model, trainer.collate([made[0], made[2], made[3]])).item()
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
@@ -475,10 +475,10 @@ def test_texts_are_trained_with_the_prompts_that_searching_puts_before_them(tmp_
     args = config(tmp_path / "run", prompts=given, scale=1.0)
     trainer = RankingTrainer(model=model, args=args, train_dataset=rows(3, documents=4))
     batch = trainer.collate([{**row, "row": 0} for row in rows(3, documents=4)])
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
 
     with torch.no_grad():
-        scores = trainer.loss.scores(batch["features"], _lists(batch))
+        scores = trainer.loss.scores(batch["features"], lists_of(batch))
     model.prompts = given or model.prompts
     for row, found in zip(rows(3, documents=4), scores, strict=True):
         query = model.encode_query([row["query"]], convert_to_tensor=True)
@@ -520,11 +520,11 @@ def test_a_cross_encoder_is_trained_with_the_prompt_it_predicts_with(tmp_path):
     model = cross_encoder(tmp_path / "model").eval()
     args = config(tmp_path / "run", prompts="w9 w8 ")
     trainer = RankingTrainer(model=model, args=args, train_dataset=rows(2, documents=4))
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
 
     batch = trainer.collate([{**row, "row": 0} for row in rows(2, documents=4)])
     with torch.no_grad():
-        scores = trainer.loss.scores(batch["features"], _lists(batch))
+        scores = trainer.loss.scores(batch["features"], lists_of(batch))
     for row, found in zip(rows(2, documents=4), scores, strict=True):
         pairs = [(row["query"], document) for document in row["documents"]]
         expected = model.predict(pairs, activation_fn=torch.nn.Identity(), convert_to_tensor=True)

@@ -274,13 +274,13 @@ def _table(rows: list[list[int]], like: Tensor) -> Tensor:
     return torch.tensor(padded, dtype=like.dtype, device=like.device).view(len(rows), width)
 
 
+# --- By name ----------------------------------------------------------------------------------------------------------
+
+IN_BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {"star": star_lists, "masked_infonce": infonce}
+"""`(scores, gains, mask) -> [Q]` over all documents of a batch. `masked_infonce` is `infonce` then: what is known to be
+relevant is behind the mask."""
 SEARCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "adore": adore,
     **{name: loss for name, loss in RANKING_LOSSES.items() if name not in ("margin_mse", "kl_distill")},
 }
 """What can train on the lists of a search: nobody has a teacher's scores for documents that are found as one goes."""
-# --- Of a batch -------------------------------------------------------------------------------------------------------
-
-IN_BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {"star": star_lists, "masked_infonce": infonce}
-"""`(scores, gains, mask) -> [Q]` over all documents of a batch. `masked_infonce` is `infonce` then: what is known to be
-relevant is behind the mask."""

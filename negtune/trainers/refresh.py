@@ -47,7 +47,8 @@ class RefreshNegatives(TrainerCallback):
 
     Raises:
         ValueError: lists that are not the train set's, settings that `mine` does not take, or a trainer that cannot
-            change its lists: of a stream, with workers that load data, or with scores for each document of a row.
+            change its lists: another one than `RankingTrainer`, of a stream, with workers that load data, or with
+            scores for each document of a row.
     """
 
     def __init__(
@@ -216,6 +217,8 @@ class _Current:
 
 
 def _check_trainer(trainer: RankingTrainer) -> None:
+    if not isinstance(trainer, RankingTrainer):
+        raise ValueError(f"only RankingTrainer takes new lists as it runs, got a {type(trainer).__name__}")
     args = trainer.args
     if trainer.loss.kind != "bi_encoder":
         raise ValueError(f"the corpus is searched with a bi-encoder, and this trainer has a {trainer.loss.kind}")

@@ -319,6 +319,18 @@ def test_what_cannot_be_mined_again_is_refused(tmp_path):
         RefreshNegatives(trainer, TASK, lists, every_steps=2)
 
 
+@pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
+def test_a_trainer_whose_lists_say_more_is_refused(tmp_path):
+    """The rows of CET have to say where documents come from, which mined lists do not."""
+    from negtune.trainers.coupled import CoupledConfig, CoupledTrainer
+
+    lists = first_lists(tiny_encoder())
+    args = CoupledConfig(output_dir=str(tmp_path), use_cpu=True, save_strategy="no")
+    trainer = CoupledTrainer(tiny_encoder(), args, to_rows(lists), selection=cross_encoder(tmp_path / "cross"))
+    with pytest.raises(ValueError, match="only RankingTrainer takes new lists as it runs, got a CoupledTrainer"):
+        RefreshNegatives(trainer, TASK, lists, every_steps=2)
+
+
 def test_a_task_that_is_small_is_enough(tmp_path):
     """Fewer documents than a list may have."""
     task = RetrievalTask({"a": "ba", "b": "de"}, {"q": "ba"}, {"q": {"a": 1.0}})

@@ -139,7 +139,7 @@ class CoupledTrainer(BaseTrainer):
         )
         prompts = prompts_of(model, loss.kind)
         self.collate = CandidateCollator(model.preprocess, loss.kind, prompts=prompts, check=room)
-        self.metric_sums, self.evaluated_rows, self._coupled = MetricSums(), set(), MetricSums()
+        self.metric_sums, self.evaluated_rows = MetricSums(), set()
         super().__init__(
             model=model,
             args=args,
@@ -307,10 +307,10 @@ class CoupledTrainer(BaseTrainer):
         """The sum of the losses of all that is trained; none has a gradient in what is another's."""
         loss = list_loss(self, model, inputs)
         if torch.is_grad_enabled() and "coupled" in inputs:
-            self._coupled.add_ratio("relevance/loss", float(loss.detach()), 1)
+            self.metric_sums.add_ratio("relevance/loss", float(loss.detach()), 1)
             if self.selection_loss is not None:
                 own = self._loss_beside(inputs)
-                self._coupled.add_ratio("selection/loss", float(own.detach()), 1)
+                self.metric_sums.add_ratio("selection/loss", float(own.detach()), 1)
                 loss = loss + own.to(loss)
         return (loss, {}) if return_outputs else loss
 
@@ -338,7 +338,7 @@ class CoupledTrainer(BaseTrainer):
                 parameter.grad = None
             return
         norm = nn.utils.clip_grad_norm_(self.selection.parameters(), self.args.max_grad_norm or float("inf"))
-        self._coupled.add_ratio("selection/grad_norm", float(norm), 1)
+        self.metric_sums.add_ratio("selection/grad_norm", float(norm), 1)
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -384,11 +384,11 @@ class CoupledTrainer(BaseTrainer):
         relevant, irrelevant = sides(lists["gains"], lists["mask"])
         relevant, irrelevant, judged = (t.to(self.args.device) for t in (relevant, irrelevant, judged))
         if "targets" in lists["more"]:
-            self._coupled.add("hidden/probability", lists["more"]["targets"][irrelevant & ~judged])
+            self.metric_sums.add("hidden/probability", lists["more"]["targets"][irrelevant & ~judged])
             return
-        self._coupled.add("weight/positive", lists["more"]["weights"][relevant])
-        self._coupled.add("weight/negative", lists["more"]["weights"][irrelevant])
-        self._coupled.add_quantiles("weight/negative", lists["more"]["weights"][irrelevant])
+        self.metric_sums.add("weight/positive", lists["more"]["weights"][relevant])
+        self.metric_sums.add("weight/negative", lists["more"]["weights"][irrelevant])
+        self.metric_sums.add_quantiles("weight/negative", lists["more"]["weights"][irrelevant])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the metrics of both models, see `_watch_weights`, and the level."""
@@ -396,8 +396,7 @@ class CoupledTrainer(BaseTrainer):
             if self.selection_loss is not None:
                 for name, (total, count) in self.selection_loss.take_metrics().items():
                     if name in ("positive/score", "negative/score"):
-                        self._coupled.add_ratio(f"selection/{name.replace('/', '_')}", total, count)
-            logs.update(self._coupled.flush())
+                        self.metric_sums.add_ratio(f"selection/{name.replace('/', '_')}", total, count)
             if self.level is not None:
                 logs["level"] = self.level.bias.item()
         add_metrics(self, logs)

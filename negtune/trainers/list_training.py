@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from negtune.data.candidates import COUNTED
 from negtune.data.completions import RowError
 from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss
-from negtune.trainers.progress import Columns, HistoryCallback, ProgressTable
+from negtune.trainers.progress import Columns, HistoryCallback, MetricSums, ProgressTable
 from negtune.trainers.steps import SkipEmptySteps, stop_if_not_finite, tell_step_totals
 
 logger = logging.getLogger(__name__)
@@ -224,10 +224,11 @@ def add_metrics(trainer: Any, logs: dict[str, float]) -> None:
     evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
     if "loss" not in logs and evaluated is None:
         return
+    sums = MetricSums() if evaluated else trainer.metric_sums  # steps since the last logging step go on being counted
     for name, (total, count) in trainer.loss.take_metrics("eval" if evaluated else "train").items():
-        trainer.metric_sums.add_ratio(name, total, count)
+        sums.add_ratio(name, total, count)
     prefix = evaluated.removesuffix("loss") if evaluated else ""
-    logs.update({prefix + name: value for name, value in trainer.metric_sums.flush().items()})
+    logs.update({prefix + name: value for name, value in sums.flush().items()})
 
 
 def add_card(trainer: Any, add: Callable[[dict[str, Any]], None], default_args: dict[str, Any]) -> None:

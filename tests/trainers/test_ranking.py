@@ -182,6 +182,29 @@ def test_a_step_in_which_no_query_could_be_scored_moves_nothing_and_is_told_of(t
     assert [row["steps/empty"] for row in trainer.state.log_history[:4]] == [0, 0, 1, 1]
 
 
+def test_an_evaluation_between_two_logging_steps_leaves_the_count_of_empty_steps_alone(tmp_path):
+    calls = []
+
+    def reward(queries, rankings, **columns):
+        calls.append(queries)
+        return [None if len(calls) <= 2 else float(len(set(r[0]))) for r in rankings]
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 4}
+    with pytest.warns(UserWarning, match="no query of step 1 could be scored"):
+        trainer = train(
+            static_encoder(),
+            tmp_path,
+            data=rows(8, documents=5),
+            held_out=rows(4, documents=5),
+            reward_fn=reward,
+            **{"max_steps": 4, **evaluated},
+        )
+    evaluation, steps = trainer.state.log_history[:2]
+    assert "eval_reward/expected" in evaluation
+    assert "eval_steps/empty" not in evaluation
+    assert steps["steps/empty"] == 0.5
+
+
 def test_kl_to_the_warm_start_holds_the_scores_back(tmp_path):
     moved = []
     for weight in (None, 5.0):

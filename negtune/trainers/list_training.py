@@ -47,15 +47,30 @@ EVALUATED = ("loss", "reward/greedy", "ndcg@10", "mrr@10", "recall@100")
 
 
 class CheckedRows:
-    """What `candidate_rows`, or another check, makes of a set, or of several by name."""
+    """What `candidate_rows`, or another check, makes of a set, or of several by name.
+
+    Rows that it has checked are taken as they are.
+
+    Raises:
+        ValueError: rows that a trainer with other settings has checked: they may lack what this one reads.
+    """
 
     def __init__(self, check: Callable[..., Any], **settings: Any) -> None:
         self.check, self.settings = check, settings
+        plain = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
+        self._mark = f"checked by negtune.{check.__name__}: {plain}"
 
     def __call__(self, data: Any, name: str) -> Any:
-        if COUNTED in (getattr(data, "column_names", None) or ()):
-            return data
-        return self.check(data, name=name, **self.settings)
+        if COUNTED not in (getattr(data, "column_names", None) or ()):
+            rows = self.check(data, name=name, **self.settings)
+            rows.info.description = self._mark
+            return rows
+        if data.info.description not in ("", self._mark):
+            raise ValueError(
+                f"the {name} rows are those of another trainer, {data.info.description}, and this one needs them "
+                f"{self._mark}; pass the rows that you gave to that trainer"
+            )
+        return data
 
     def each(self, data: Any) -> Any:
         if data is None:

@@ -319,6 +319,19 @@ def test_what_cannot_be_mined_again_is_refused(tmp_path):
         RefreshNegatives(trainer, TASK, lists, every_steps=2)
 
 
+def test_what_is_known_to_be_relevant_is_no_negative_of_the_batch_after_a_refresh_either(tmp_path):
+    model = tiny_encoder()
+    lists = first_lists(model)
+    rows = to_rows(lists, task=TASK)
+    trainer = RankingTrainer(model, config(tmp_path, loss_type="masked_infonce", k=None, max_steps=4), rows)
+    refresh = RefreshNegatives(trainer, TASK, lists, every_steps=2, n_documents=4)
+    trainer.add_callback(refresh)
+    trainer.train()
+    found = refresh.rows(trainer.train_dataset["row"])
+    assert [row["known_positives"] for row in found] == [row["known_positives"] for row in rows]
+    assert any(set(row["known_positives"]) - set(row["document_ids"]) for row in found)
+
+
 @pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
 def test_a_trainer_whose_lists_say_more_is_refused(tmp_path):
     """The rows of CET have to say where documents come from, which mined lists do not."""

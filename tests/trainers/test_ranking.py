@@ -421,6 +421,7 @@ trainer = RankingTrainer(
 )
 trainer.train()
 metrics = trainer.evaluate()
+metrics |= trainer.evaluate({{"first": rows(7, seed=5), "second": rows(5, seed=9)}})
 weights = sum(float(p.double().abs().sum()) for p in trainer.model.parameters() if p.requires_grad)
 if PartialState().is_main_process:
     history = [r for r in trainer.state.log_history if "loss" in r]
@@ -447,8 +448,14 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
         for name in ("loss", "reward/greedy", "positive/score", "negative/score"):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), name
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
-    for name in ("eval_loss", "eval_reward/greedy", "eval_positive/score"):  # of 7 rows, one of which is repeated
-        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+    for name in ("loss", "reward/greedy", "positive/score"):  # of 7 and of 5 rows, some of which are repeated
+        for prefix in ("eval_", "eval_first_", "eval_second_"):
+            assert two["metrics"][prefix + name] == pytest.approx(one["metrics"][prefix + name], rel=1e-6), name
+        assert (
+            one["metrics"]["eval_first_" + name]
+            == one["metrics"]["eval_" + name]
+            != one["metrics"]["eval_second_" + name]
+        )
 
 
 UNSCORED = """

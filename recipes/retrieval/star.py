@@ -37,7 +37,7 @@ from negtune.trainers.ranking_config import OBJECTIVE
 
 SMOKE = {
     **{"model_name_or_path": "tiny", "max_steps": 4, "warm_steps": 2, "n_documents": 6, "logging_steps": 1},
-    **{"per_device_train_batch_size": 4, "eval_steps": 2, "depth": 40},
+    **{"per_device_train_batch_size": 4, "eval_steps": 2, "depth": 40, "loss_type": "star"},
 }
 PAPER = {
     "title": "Optimizing Dense Retrieval Model Training with Hard Negatives",
@@ -99,7 +99,7 @@ def main() -> None:
             **{"learning_rate": given.warm_learning_rate, "output_dir": str(folder / "warm")},
             **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
         )
-        rows = to_rows(mined(model, split.train, **lengths, bm25=True, dense=False).lists, task=split.train)
+        rows = to_rows(mined(model, split.train, **lengths, bm25=True, dense=False), task=split.train)
         RankingTrainer(model=model, args=warm, train_dataset=rows, peft_config=peft).train()
         peft = None
         add("warm-up")
@@ -111,7 +111,7 @@ def main() -> None:
     trainer = RankingTrainer(
         model=model,
         args=args,
-        train_dataset=to_rows(lists.lists, task=split.train),
+        train_dataset=to_rows(lists, task=split.train),
         evaluator=RetrievalEvaluator(split.test) if given.evaluate_search else None,
         peft_config=peft,
     )

@@ -17,6 +17,7 @@ from negtune.losses.debiased import em_relevance
 from negtune.retrieval.coupled import Level
 from negtune.retrieval.selection import BIAS, FeatureSelection
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer, CoupledWarning
+from negtune.trainers.list_training import scores_of
 from tests.launching import run_script
 from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
 
@@ -200,7 +201,7 @@ def pooled(n, seed=0):
 
 def liking_of(trainer, held):
     """What `w0` adds to the score of an irrelevant document, over what relevance does, on held-out lists."""
-    scores = torch.tensor(trainer._scores_of(held))
+    scores = torch.tensor(scores_of(trainer, held))
     liked, other = scores[:, 2:4].mean(), scores[:, 4:].mean()
     return float((liked - other) / (scores[:, :2].mean() - (liked + other) / 2))
 
@@ -413,7 +414,7 @@ def test_normalised_weights_have_mean_1_over_the_pairs_of_a_step(tmp_path):
 def test_the_level_starts_at_the_share_of_labels_and_takes_a_part_of_newtons_step(tmp_path):
     data = with_features(rows(32, documents=6))
     trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, data, mode="em", max_steps=1, learning_rate=0.0)
-    scores = torch.tensor(trainer._scores_of(list(trainer.train_dataset)))
+    scores = torch.tensor(scores_of(trainer, list(trainer.train_dataset)))
     assert torch.sigmoid(scores + trainer.level.bias).mean().item() == pytest.approx(64 / 192, abs=0.01)
     start, chances = trainer.level.bias.item(), torch.tensor(BIAS).sigmoid()  # of selection, everywhere
     settings = {"mode": "em", "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 32}
@@ -450,7 +451,7 @@ def test_evaluation_takes_labels_as_they_are_and_needs_no_provenance(tmp_path):
     held = rows(10, documents=5, seed=4)
     trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, held_out=held, mode="em", max_steps=1)
     metrics = trainer.evaluate()
-    scores = torch.tensor(trainer._scores_of(list(trainer.eval_dataset))) + trainer.level.bias.detach()
+    scores = torch.tensor(scores_of(trainer, list(trainer.eval_dataset))) + trainer.level.bias.detach()
     gains = torch.tensor([row["gains"] for row in held])
     mask = torch.ones_like(gains, dtype=torch.bool)
     known = em_relevance(scores, gains, mask, selection=torch.zeros_like(scores), judged=mask).mean()

@@ -1,8 +1,9 @@
 """CET: train a model of relevance and a model of selection on candidate lists, each weighing the other's documents.
 
 Before every optimiser step both models score all lists of the step, in eval mode. From those scores come the weights
-(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. They share the
-optimiser, but neither gradients nor their clipping.
+(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. Where a step is
+one micro-batch and neither model has dropout, the scores of the step are the same ones, and nothing is scored twice.
+The models share the optimiser, but neither gradients nor their clipping.
 
 Shapes: B queries of a batch, D documents of the longest list, F features.
 """
@@ -13,7 +14,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from negtune.losses.debiased import (
     selection_targets,
 )
 from negtune.losses.ranking import sides
-from negtune.models.policy import disable_dropout
+from negtune.models.policy import disable_dropout, has_dropout
 from negtune.retrieval.collate import prompts_of
 from negtune.retrieval.coupled import CoupledLoss, CoupledObjective, Level
 from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss, kind_of
@@ -121,6 +122,8 @@ class CoupledTrainer(RankingTrainer):
         self.selection_loss = None if self.selection is None else self._loss_of_selection()
         self.level = Level(self._first_level()).to(args.device) if args.mode in LEVELLED else None
         objective.level = self.level
+        several = [self.model] if self.selection is None else [self.model, self.selection]
+        self._draws = any(has_dropout(one) for one in several)
         self._with_provenance = ProvenanceCollator(self.collate, self.selection, self._prompts_of_selection())
 
     # --- the selection model ------------------------------------------------------------------------------------------
@@ -255,18 +258,50 @@ class CoupledTrainer(RankingTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, with what their documents weigh."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
+        if len(batches) == 1 and not self._draws:
+            batches[0]["coupled"] = None  # weighed within the step
+        elif batches:
+            batches = [self._prepare_inputs(batch) for batch in batches]
             with self._as_searched():
-                found = [self._opinions(self._prepare_inputs(batch)) for batch in batches]
-            self._move_level([opinion.pop("level") for opinion in found])
-            for side in ("relevance", "selection"):
-                if self.args.normalizes and "weights" in found[0].get(side, {}):
-                    self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
-            for batch, opinion in zip(batches, found, strict=True):
-                batch["lists"]["more"] = opinion.pop("relevance")
-                batch["coupled"] = opinion
-                self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+                scores = [self.loss.scores(batch["features"], _lists(batch)) for batch in batches]
+                logits = [self._selection_logits(batch["provenance"], _lists(batch)) for batch in batches]
+            self._weigh(batches, scores, logits)
         return batches, items
+
+    @torch.no_grad()
+    def _weigh(self, batches: Sequence[dict], scores: Sequence[Tensor], selection: Sequence[Tensor | None]) -> None:
+        """Tell the micro-batches of a step what their documents weigh."""
+        found = [self._opinions(*one) for one in zip(batches, scores, selection, strict=True)]
+        self._move_level([opinion.pop("level") for opinion in found])
+        for side in ("relevance", "selection"):
+            if self.args.normalizes and "weights" in found[0].get(side, {}):
+                self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
+        for batch, opinion in zip(batches, found, strict=True):
+            batch["lists"]["more"] = opinion.pop("relevance")
+            batch["coupled"] = opinion
+            self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+
+    @contextmanager
+    def _weighed_within(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Weights are those of the scores that the losses are made of: a micro-batch that is a whole step."""
+
+        def weigh(scores: Tensor) -> Mapping[str, Tensor]:
+            with self.compute_loss_context_manager():
+                if self.selection_loss is None:
+                    self._weigh([inputs], [scores], [self._selection_logits(inputs["provenance"], _lists(inputs))])
+                    return inputs["lists"]["more"]
+
+                def weigh_selection(logits: Tensor) -> Mapping[str, Tensor]:
+                    self._weigh([inputs], [scores], [logits])
+                    return inputs["coupled"]["selection"]
+
+                with self.selection_loss.objective.weighed_by(weigh_selection):
+                    loss = self._loss_beside(inputs)
+            inputs["coupled"]["loss"] = loss
+            return inputs["lists"]["more"]
+
+        with self.loss.objective.weighed_by(weigh):
+            yield
 
     @contextmanager
     def _as_searched(self) -> Iterator[None]:
@@ -284,13 +319,11 @@ class CoupledTrainer(RankingTrainer):
             for module in both:
                 module.train(training)
 
-    def _opinions(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _opinions(self, batch: Mapping[str, Any], scores: Tensor, selection: Tensor | None) -> dict[str, Any]:
         """`relevance` and `selection`: what their objectives take; `level`: what moves it."""
         lists, provenance, args = _lists(batch), batch["provenance"], self.args
-        scores = self.loss.scores(batch["features"], lists)
         gains, mask, judged = lists.gains, lists.mask, provenance["judged"]
         relevance = scores if self.level is None else scores + self.level.bias
-        selection = self._selection_logits(provenance, lists)
         labels, seen = (gains > 0).to(scores), ((gains > 0) | judged).to(scores)
         uniform = self.state.global_step < args.uniform_steps
         hoped = labels if uniform or selection is None else relevance_targets(gains, judged, relevance, selection)
@@ -339,11 +372,14 @@ class CoupledTrainer(RankingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the losses of all that is trained; none has a gradient in what is another's."""
-        loss = super().compute_loss(model, inputs)
-        if torch.is_grad_enabled() and "coupled" in inputs:
+        trains = torch.is_grad_enabled() and "coupled" in inputs
+        with self._weighed_within(inputs) if trains and inputs["coupled"] is None else nullcontext():
+            loss = super().compute_loss(model, inputs)
+        if trains:
             self._coupled.add_ratio("relevance/loss", float(loss.detach()), 1)
             if self.selection_loss is not None:
-                own = self._loss_beside(inputs)
+                own = inputs["coupled"].pop("loss", None)
+                own = self._loss_beside(inputs) if own is None else own
                 self._coupled.add_ratio("selection/loss", float(own.detach()), 1)
                 loss = loss + own.to(loss)
         return (loss, {}) if return_outputs else loss
@@ -352,7 +388,8 @@ class CoupledTrainer(RankingTrainer):
         lists, provenance = _of_selection(_lists(inputs), inputs["provenance"]), inputs["provenance"]
         self.selection_loss.train()
         try:
-            loss = self.selection_loss(provenance["features"], replace(lists, more=inputs["coupled"]["selection"]))
+            more = {} if inputs["coupled"] is None else inputs["coupled"]["selection"]
+            loss = self.selection_loss(provenance["features"], replace(lists, more=more))
         except NonFiniteScoresError:
             loss = torch.tensor(float("nan"))
         stop_if_not_finite(self, loss, {}, {"queries": inputs["rows"].tolist()})

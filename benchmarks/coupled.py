@@ -2,7 +2,9 @@
 
 Optimiser steps of whole trainers on the same made-up lists, all arms in turn, for several rounds; a step is what lies
 between the ends of two steps: batch, scores that the weights are made of, losses, backward, clipping, AdamW. The first
-step of a round is not counted. Peak memory: of making the trainer and two steps, in a process of its own.
+step of a round is not counted. Seconds are those of this process on the CPU, so that waiting for others counts less;
+`load` says how many there were. Peak memory: of making the trainer and two
+steps, in a process of its own.
 
 bce         sentence-transformers' CrossEncoderTrainer with BinaryCrossEntropyLoss, as many pairs a step.
 ranking     RankingTrainer, rank_net, the same lists: the peer of everything below.
@@ -51,13 +53,13 @@ parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
 
 
 class Clock(TrainerCallback):
-    """Seconds between the ends of steps."""
+    """CPU seconds between the ends of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
 
     @property
     def seconds(self) -> list[float]:

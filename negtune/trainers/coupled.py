@@ -1,8 +1,9 @@
 """CET: train a model of relevance and a model of selection on candidate lists, each weighing the other's documents.
 
 Before every optimiser step both models score all lists of the step, in eval mode. From those scores come the weights
-(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. They share the
-optimiser, but neither gradients nor their clipping.
+(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. Where a step is
+one micro-batch and neither model has dropout, the scores of the step are the same ones, and nothing is scored twice.
+The models share the optimiser, but neither gradients nor their clipping.
 
 Shapes: B queries of a batch, D documents of the longest list, F features.
 """
@@ -13,7 +14,7 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from negtune.losses.debiased import (
     selection_targets,
 )
 from negtune.losses.ranking import sides
+from negtune.models.policy import has_dropout
 from negtune.retrieval.collate import CandidateCollator, prompts_of
 from negtune.retrieval.coupled import CoupledLoss, CoupledObjective, Level
 from negtune.retrieval.losses import Lists
@@ -160,6 +162,8 @@ class CoupledTrainer(BaseTrainer):
         self.selection_loss = None if self.selection is None else selection_loss(self.selection, args)
         self._collate_train = with_provenance(self.collate, self.selection)
         self.level = objective.level = Level(self._first_level()).to(args.device) if args.mode in LEVELLED else None
+        several = [self.model] if self.selection is None else [self.model, self.selection]
+        self._draws = any(has_dropout(one) for one in several)
 
     def get_train_dataloader(self) -> Any:
         plain, self.data_collator = self.data_collator, self._collate_train
@@ -221,18 +225,50 @@ class CoupledTrainer(BaseTrainer):
             return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         tell_counted(self, batches)
-        if batches:
+        if len(batches) == 1 and not self._draws:
+            batches[0]["coupled"] = None  # weighed within the step
+        elif batches:
+            batches = [self._prepare_inputs(batch) for batch in batches]
             with self._as_searched():
-                found = [self._opinions(self._prepare_inputs(batch)) for batch in batches]
-            self._move_level([opinion.pop("level") for opinion in found])
-            for side in ("relevance", "selection"):
-                if self.args.normalizes and "weights" in found[0].get(side, {}):
-                    self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
-            for batch, opinion in zip(batches, found, strict=True):
-                batch["lists"]["more"] = opinion.pop("relevance")
-                batch["coupled"] = opinion
-                self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+                scores = [self.loss.scores(batch["features"], lists_of(batch)) for batch in batches]
+                logits = [self._selection_logits(batch["provenance"], lists_of(batch)) for batch in batches]
+            self._weigh(batches, scores, logits)
         return batches, items
+
+    @torch.no_grad()
+    def _weigh(self, batches: Sequence[dict], scores: Sequence[Tensor], selection: Sequence[Tensor | None]) -> None:
+        """Tell the micro-batches of a step what their documents weigh."""
+        found = [self._opinions(*one) for one in zip(batches, scores, selection, strict=True)]
+        self._move_level([opinion.pop("level") for opinion in found])
+        for side in ("relevance", "selection"):
+            if self.args.normalizes and "weights" in found[0].get(side, {}):
+                self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
+        for batch, opinion in zip(batches, found, strict=True):
+            batch["lists"]["more"] = opinion.pop("relevance")
+            batch["coupled"] = opinion
+            self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+
+    @contextmanager
+    def _weighed_within(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Weights are those of the scores that the losses are made of: a micro-batch that is a whole step."""
+
+        def weigh(scores: Tensor) -> Mapping[str, Tensor]:
+            with self.compute_loss_context_manager():
+                if self.selection_loss is None:
+                    self._weigh([inputs], [scores], [self._selection_logits(inputs["provenance"], lists_of(inputs))])
+                    return inputs["lists"]["more"]
+
+                def weigh_selection(logits: Tensor) -> Mapping[str, Tensor]:
+                    self._weigh([inputs], [scores], [logits])
+                    return inputs["coupled"]["selection"]
+
+                with self.selection_loss.objective.weighed_by(weigh_selection):
+                    loss = self._loss_beside(inputs)
+            inputs["coupled"]["loss"] = loss
+            return inputs["lists"]["more"]
+
+        with self.loss.objective.weighed_by(weigh):
+            yield
 
     @contextmanager
     def _as_searched(self) -> Iterator[None]:
@@ -250,13 +286,11 @@ class CoupledTrainer(BaseTrainer):
             for module in both:
                 module.train(training)
 
-    def _opinions(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _opinions(self, batch: Mapping[str, Any], scores: Tensor, selection: Tensor | None) -> dict[str, Any]:
         """`relevance` and `selection`: what their objectives take; `level`: what moves it."""
         lists, provenance, args = lists_of(batch), batch["provenance"], self.args
-        scores = self.loss.scores(batch["features"], lists)
         gains, mask, judged = lists.gains, lists.mask, provenance["judged"]
         relevance = scores if self.level is None else scores + self.level.bias
-        selection = self._selection_logits(provenance, lists)
         labels, seen = (gains > 0).to(scores), ((gains > 0) | judged).to(scores)
         uniform = self.state.global_step < args.uniform_steps
         hoped = labels if uniform or selection is None else relevance_targets(gains, judged, relevance, selection)
@@ -305,18 +339,21 @@ class CoupledTrainer(BaseTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the losses of all that is trained; none has a gradient in what is another's."""
-        loss = list_loss(self, model, inputs)
-        if torch.is_grad_enabled() and "coupled" in inputs:
+        trains = torch.is_grad_enabled() and "coupled" in inputs
+        with self._weighed_within(inputs) if trains and inputs["coupled"] is None else nullcontext():
+            loss = list_loss(self, model, inputs)
+        if trains:
             self.metric_sums.add_ratio("relevance/loss", float(loss.detach()), 1)
             if self.selection_loss is not None:
-                own = self._loss_beside(inputs)
+                own = inputs["coupled"].pop("loss", None)
+                own = self._loss_beside(inputs) if own is None else own
                 self.metric_sums.add_ratio("selection/loss", float(own.detach()), 1)
                 loss = loss + own.to(loss)
         return (loss, {}) if return_outputs else loss
 
     def _loss_beside(self, inputs: Mapping[str, Any]) -> Tensor:
         lists = _of_selection(lists_of(inputs), inputs["provenance"])
-        lists = replace(lists, more=inputs["coupled"]["selection"])
+        lists = replace(lists, more={} if inputs["coupled"] is None else inputs["coupled"]["selection"])
         self.selection_loss.train()
         return finite_loss(self, self.selection_loss, inputs["provenance"]["features"], lists, inputs)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,42 @@ def test_weights_come_from_models_without_dropout(tmp_path):
     assert logs[0]["weight/negative"] == pytest.approx(logs[1]["weight/negative"], rel=1e-6)
     assert logs[0]["relevance/loss"] != pytest.approx(logs[1]["relevance/loss"], rel=1e-3)
     assert logs[0]["selection/loss"] != pytest.approx(logs[1]["selection/loss"], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
+@pytest.mark.parametrize(
+    ("mode", "selected", "cached"),
+    [
+        ("official", "text", None),
+        ("official", "text", 5),
+        ("em", "text", 5),
+        ("ratio", "features", None),
+        ("ips_posterior", "known", None),
+    ],
+)
+def test_a_step_that_is_weighed_by_its_own_scores_is_the_one_that_is_scored_before(tmp_path, mode, selected, cached):
+    data = {"text": lambda made: made, "features": with_features, "known": with_propensities}[selected](rows(12))
+    settings = {"mode": mode, "max_steps": 3, "uniform_steps": 1, "mini_batch_size": cached, "temperature": 1.0}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "selection_learning_rate": 0.5}
+    found = []
+    for before in (False, True):
+        relevance, selection = (model.double() for model in two_cross_encoders(tmp_path / str(before)))
+        given = selection if selected == "text" else None
+        trainer = trainer_of(relevance, tmp_path / "run", data=data, selection=given, **settings)
+        assert not trainer._draws
+        trainer._draws, calls = before, Counter()
+        for name, model in (("relevance", relevance), ("selection", selection)):
+            model.register_forward_pre_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+        trainer.train()
+        logs = [{n: v for n, v in log.items() if "/" in n or n == "level"} for log in trainer.state.log_history[:3]]
+        found.append((weights(trainer), logs, calls))
+    assert_close(found[0][0], found[1][0], atol=1e-8, rtol=0)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert found[0][1][1] != pytest.approx(found[0][1][2], rel=1e-3)  # it does move
+    steps = Counter(relevance=3, **({"selection": 3} if selected == "text" else {}))
+    assert found[1][2] - found[0][2] == steps
+    assert cached is not None or found[0][2] == steps
 
 
 def test_the_same_model_twice_stays_the_same_and_is_warned_of(tmp_path):

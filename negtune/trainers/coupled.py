@@ -28,6 +28,7 @@ from negtune._st_compat import BaseTrainer
 from negtune.data.candidates import candidate_rows
 from negtune.losses.debiased import (
     cet_weights,
+    expected_gains,
     matching_level,
     pair_means,
     relevance_targets,
@@ -376,6 +377,40 @@ class CoupledTrainer(BaseTrainer):
             return
         norm = nn.utils.clip_grad_norm_(self.selection.parameters(), self.args.max_grad_norm or float("inf"))
         self.metric_sums.add_ratio("selection/grad_norm", float(norm), 1)
+
+    # --- what others learn of it --------------------------------------------------------------------------------------
+
+    def expected_rows(self, rows: Any) -> list[dict[str, Any]]:
+        """Rows in which a document that nobody judged has the probability that it is relevant as its gain, by both
+        models as they are now: for any objective over lists (`losses.debiased.expected_gains`). PG-RANK is then
+        rewarded with the expected metric over what labels leave open.
+
+        Train another model on them: one that is rewarded with its own opinion confirms itself. Queries without a label
+        are left out, and so are `ideal_gains`.
+
+        Args:
+            rows: with what training rows have.
+
+        Raises:
+            ValueError: this mode gives no probabilities.
+            RowError: rows that cannot be trained on.
+        """
+        if self.level is None:
+            raise ValueError(f"mode {self.args.mode} gives no probabilities of relevance; train with mode em")
+        checked, found = self.checked_rows(rows, "expected"), []
+        given, size = (rows if hasattr(rows, "__getitem__") else list(rows)), self.args.per_device_eval_batch_size
+        for start in range(0, len(checked), size):
+            part = [checked[i] for i in range(start, min(start + size, len(checked)))]
+            batch = self._prepare_inputs(self._collate_train(part))
+            lists = lists_of(batch)
+            with self._as_searched():
+                relevance = self.loss.scores(batch["features"], lists) + self.level.bias
+                selection = self._selection_logits(batch["provenance"], lists)
+            gains = expected_gains(lists.gains, batch["provenance"]["judged"], relevance, selection)
+            for row, values, keep in zip(part, gains, lists.mask, strict=True):
+                columns = {name: value for name, value in given[row["row"]].items() if name != "ideal_gains"}
+                found.append({**columns, "gains": values[keep].tolist()})
+        return found
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from negtune.retrieval.coupled import Level
 from negtune.retrieval.selection import BIAS, FeatureSelection
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer, CoupledWarning
 from negtune.trainers.list_training import scores_of
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from tests.launching import run_script
 from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
 
@@ -283,6 +284,38 @@ def test_learned_selection_is_that_of_the_pool(tmp_path):
     trainer = train(static_encoder(), tmp_path, data=only(pooled(300), "selection_features"), mode="em", **settings)
     liked, other = trainer.selection(trainer.selection.preprocess([[1.0], [0.0]]))["scores"].sigmoid().flatten()
     assert liked > other + 0.2
+
+
+# --- Gains for other objectives ---------------------------------------------------------------------------------------
+
+
+def test_pg_rank_can_be_rewarded_with_what_labels_leave_open(tmp_path):
+    data = [{**row, "query_id": str(i), "ideal_gains": [1.0, 1.0]} for i, row in enumerate(pooled(40))]
+    for row in data:
+        row["judged"] = [False] * 5 + [True]
+        del row["selection_propensity"]
+    trainer = train(static_encoder(), tmp_path / "em", data=data, mode="em", **MADE_UP | {"num_train_epochs": 2})
+    found = trainer.expected_rows(data)
+    assert [row["query_id"] for row in found] == [row["query_id"] for row in data]
+    logits = trainer.selection(trainer.selection.preprocess([f for row in data for f in row["selection_features"]]))
+    scores = torch.tensor(scores_of(trainer, [{**row, "row": 0} for row in data])).flatten()
+    r, s = torch.sigmoid(scores + trainer.level.bias), torch.sigmoid(logits["scores"].detach().flatten())
+    before, after = (torch.tensor([row["gains"] for row in each]).flatten() for each in (data, found))
+    judged = torch.tensor([row["judged"] for row in data]).flatten()
+    wanted = torch.where((before > 0) | judged, before, r * (1 - s) / (1 - r * s))
+    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
+    assert after[~judged & (before == 0)].max() > 0.01
+    again = RankingTrainer(
+        static_encoder(), RankingConfig(output_dir=str(tmp_path), use_cpu=True, k=3, max_steps=2), found
+    )
+    again.train()
+    assert len(again.train_dataset) == len(data)
+
+
+def test_a_mode_without_probabilities_has_no_expected_gains(tmp_path):
+    trainer = trainer_of(static_encoder(), tmp_path, mode="ratio")
+    with pytest.raises(ValueError, match="mode ratio gives no probabilities of relevance; train with mode em"):
+        trainer.expected_rows(with_features(rows(2, documents=6)))
 
 
 # --- Invariance -------------------------------------------------------------------------------------------------------

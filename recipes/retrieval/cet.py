@@ -45,7 +45,7 @@ SMOKE = {
     **{"per_device_train_batch_size": 4, "eval_steps": 2, "baseline": True, "uniform_steps": 1},
 }
 FEATURES_RATE = 1e-2
-"""Of a model of few features, which the ranker's own rate would not move; a second cross-encoder would not survive it."""
+"""Of a model of few features, which the ranker's rate would not move; a second cross-encoder does not survive it."""
 PAPER = {
     "title": "Correcting Pooling Bias in Training Neural Ranking Models",
     "url": "https://arxiv.org/abs/2209.05072",

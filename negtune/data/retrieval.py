@@ -70,6 +70,15 @@ class RetrievalTask:
         queries = {query_id: text for query_id, text in self.queries.items() if query_id in wanted}
         return RetrievalTask(self.corpus, queries, {query_id: self.qrels[query_id] for query_id in queries})
 
+    def pooled(self, run: Run) -> RetrievalTask:
+        """The task as if only the documents of a run had been judged, with the queries that keep a relevant one."""
+        kept = {
+            query_id: {document_id: gain for document_id, gain in gains.items() if document_id in run[query_id]}
+            for query_id, gains in self.qrels.items()
+        }
+        kept = {query_id: gains for query_id, gains in kept.items() if any(gain > 0 for gain in gains.values())}
+        return RetrievalTask(self.corpus, {query_id: self.queries[query_id] for query_id in kept}, kept)
+
 
 def load_beir(
     name_or_folder: str | Path,

@@ -11,7 +11,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def relabel(
     positives: str = "relabel",
     gain: float = 1.0,
     audit: int | None = 200,
+    audit_queries: Collection[str] | None = None,
     cache: str | Path | None = None,
     part: int = 64,
     seed: int = 0,
@@ -70,6 +71,7 @@ def relabel(
         positives: what becomes of candidates found positive that were none: `relabel`, or `drop`.
         gain: of new positives, above 0.
         audit: judged documents to ask about for the audit, drawn by seed; None: all, 0: none.
+        audit_queries: ids of queries whose documents they are, where the judge was fitted on others; None: all.
         cache: JSONL file of verdicts, appended after every part; failures are not kept, and asked again. For one
             process at a time.
         part: pairs of a call.
@@ -89,7 +91,7 @@ def relabel(
         raise ValueError("name the judge, its model and settings: verdicts are kept under it")
     if part < 1:
         raise ValueError(f"part must be at least 1, got {part}")
-    audited = _audited(mined, audit, seed)
+    audited = _audited(mined, audit, audit_queries, seed)
     changed = [
         (one, i)
         for one in mined.lists
@@ -211,11 +213,14 @@ def _without(gains: Iterable[float], lost: Iterable[float]) -> list[float]:
     return left
 
 
-def _audited(mined: Mined, most: int | None, seed: int) -> list[tuple[CandidateList, int]]:
+def _audited(
+    mined: Mined, most: int | None, queries: Collection[str] | None, seed: int
+) -> list[tuple[CandidateList, int]]:
     """Documents whose labels are people's, a sample of them that does not depend on the order of lists."""
     known = [
         (one, i)
         for one in sorted(mined.lists, key=lambda one: one.query_id)
+        if queries is None or one.query_id in queries
         for i in sorted(range(len(one.judged)), key=one.document_ids.__getitem__)
         if one.judged[i] and one.relabelled[i] is None
     ]

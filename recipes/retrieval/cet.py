@@ -32,7 +32,6 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from negtune.cli.recipe import no_push, parsed, run_recipe
-from negtune.data.retrieval import RetrievalTask
 from negtune.eval.ranking import against, with_interval
 from negtune.eval.run import Run
 from negtune.report import write_report
@@ -64,17 +63,6 @@ class CetArguments(TaskArguments):
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
 
 
-def of_a_pool(task: RetrievalTask, depth: int) -> RetrievalTask:
-    """The task with judgements of BM25's first documents only, and the queries that keep a relevant one."""
-    found = bm25_run(task, depth)
-    kept = {
-        query_id: {document_id: gain for document_id, gain in gains.items() if document_id in found[query_id]}
-        for query_id, gains in task.qrels.items()
-    }
-    kept = {query_id: gains for query_id, gains in kept.items() if any(gain > 0 for gain in gains.values())}
-    return RetrievalTask(task.corpus, {query_id: task.queries[query_id] for query_id in kept}, kept)
-
-
 def main() -> None:
     given, args, model_args = parsed(TrlParser((CetArguments, CoupledConfig, ModelConfig)), SMOKE)
     no_push(args)
@@ -85,7 +73,7 @@ def main() -> None:
         args.eval_strategy = IntervalStrategy.NO
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
-    train = split.train if given.pool_depth is None else of_a_pool(split.train, given.pool_depth)
+    train = split.train if given.pool_depth is None else split.train.pooled(bm25_run(split.train, given.pool_depth))
     model = to_train(name, args, model_args, "bi_encoder" if searches else args.model_kind)
     run = Run(
         folder,

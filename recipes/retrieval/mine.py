@@ -13,9 +13,12 @@ Measured    recipes/README.md
 
     python recipes/retrieval/mine.py --config recipes/retrieval/mine.yaml --data FOLDER --relative_margin 0.05
 
-Writes candidates.jsonl (`retrieval.mining.read_lists`) and mining.json: counts and audits. --judge asks a language
-model about unjudged candidates (verdicts.jsonl: what it said; the same command goes on there after a stop); its audit
-asks about judged ones. --smoke: a tiny encoder and a tiny judge, which says nothing.
+Writes candidates.jsonl (`retrieval.mining.read_lists`) and mining.json: counts and audits. --judge asks a model about
+unjudged candidates (verdicts.jsonl: what it said; the same command goes on there after a stop); its audit asks about
+judged ones. It writes verdicts, or --judge_kind causal_lm, cross_encoder or bi_encoder scores documents: two thresholds
+are fitted on the judged documents of half of the queries then, and the audit is of the other half. --pool_depth hides
+judgements that the task has, and says how many relevant documents among them the judge found.
+--smoke: a tiny encoder and a tiny judge, which says nothing.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -26,9 +29,10 @@ from trl import TrlParser
 
 from negtune import HFSampler, SamplingParams, VLLMSampler, VLLMServerSampler
 from negtune.cli.recipe import parsed, run_recipe
-from negtune.data.retrieval import RetrievalTask, load_beir, synthetic_retrieval
-from negtune.metrics.judgement import share_of
+from negtune.data.retrieval import RetrievalTask, load_beir, split_queries, synthetic_retrieval
+from negtune.metrics.judgement import JudgeAudit, judge_audit, share_of
 from negtune.models.load import load_model, load_tokenizer
+from negtune.models.reference import weights_hash
 from negtune.records import write_json
 from negtune.retrieval.choice import SimANS, choose
 from negtune.retrieval.encoder import load_encoder
@@ -49,10 +53,12 @@ from negtune.retrieval.negatives import (
 from negtune.retrieval.rankers import load_ranker
 from negtune.retrieval.relabel import relabel
 from negtune.retrieval.retrievers import BM25Retriever, DenseRetriever
+from negtune.retrieval.score_judge import ScoreJudge, fit_thresholds, known_scores
 from negtune.rollouts.relevance import SamplerJudge
 
 SMOKE = {"retrievers": "tiny", "n_documents": 8, "depth": 20, "against": "max"}
 SMOKE |= {"judge": "tiny", "judge_tokens": 4, "judge_depth": 10, "audit": 8}
+SCORED = ("causal_lm", "cross_encoder", "bi_encoder", "multi_vector")
 AGAIN = "run the same command again; what a judge said so far is in verdicts.jsonl"
 
 
@@ -73,12 +79,23 @@ class MineArguments:
     against: str = field(default="min", metadata={"help": "Which positive s_p is: min, max or mean of the scores."})
     cross_encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id; takes out what it finds."})
     threshold: float = field(default=0.1, metadata={"help": "Its `predict` above which a document is relevant."})
-    judge: str | None = field(default=None, metadata={"help": "Language model that relabels unjudged candidates."})
+    judge: str | None = field(default=None, metadata={"help": "Model that relabels unjudged candidates."})
+    judge_kind: str = field(
+        default="written", metadata={"help": f"written: a language model's words; by score: {', '.join(SCORED)}."}
+    )
+    judge_precision: float = field(default=0.9, metadata={"help": "By score: of positives, where thresholds are fit."})
+    judge_kept: float = field(default=0.9, metadata={"help": "By score: share of positives not called negative there."})
+    judge_unjudged: str = field(
+        default="leave_out", metadata={"help": "By score: in the fit; or irrelevant, counted as such."}
+    )
     judge_engine: str = field(default="hf", metadata={"help": "Serves the judge: hf, vllm, or server with judge_url."})
     judge_url: str | None = field(default=None, metadata={"help": "http://host:port of a vLLM server."})
     judge_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer; a cut one is no verdict."})
     judge_positives: str = field(default="relabel", metadata={"help": "Found positives: relabel or drop."})
     judge_depth: int | None = field(default=None, metadata={"help": "Judge lists cut to this length; None: whole."})
+    pool_depth: int | None = field(
+        default=None, metadata={"help": "Know judgements of BM25's first so many only, and audit by the others."}
+    )
     audit: int = field(default=200, metadata={"help": "Judged documents that the judge is asked about, too."})
     n_documents: int = field(default=16, metadata={"help": "Of a list."})
     max_positives: int | None = field(default=None, metadata={"help": "Of a list; default: half of it."})
@@ -91,10 +108,12 @@ class MineArguments:
 
 def main() -> None:
     (given,) = parsed(TrlParser((MineArguments,)), SMOKE)
-    rules, select, judge_sampler = checked(given)
+    rules, select, load_judge = checked(given)
     folder, half = Path(given.output_dir), max(1, given.n_documents // 2)
     folder.mkdir(parents=True, exist_ok=True)
-    task = load_beir(given.data, given.split, empty="keep") if given.data else synthetic_retrieval()
+    whole = task = load_beir(given.data, given.split, empty="keep") if given.data else synthetic_retrieval()
+    if given.pool_depth is not None:
+        task = whole.pooled(BM25Retriever(whole.corpus).retrieve(whole.queries, given.pool_depth))
     said: dict[str, Any] = {"arguments": vars(given), "queries": len(task.queries)}
     pool = searched(given, task)
     if rules:
@@ -108,20 +127,12 @@ def main() -> None:
     if given.judge:
         if given.judge_depth:
             pool = choose(pool, given.judge_depth, max_positives=given.judge_depth // 2, seed=given.seed)
-        sampler = judge_sampler()
-        judge = SamplerJudge(
-            sampler, model=given.judge, params=SamplingParams(temperature=0.0, max_tokens=given.judge_tokens)
-        )
-        found = relabel(
-            pool,
-            judge,
-            **{"name": judge.name, "positives": given.judge_positives, "audit": given.audit},
-            **{"cache": folder / "verdicts.jsonl", "seed": given.seed},
-        )
-        pool, said["judge"] = found.mined, {**found.counts, "name": judge.name, "audit": found.audit}
-        sampler.close()
-        print(f"judge {judge.name}: {found.counts}; {judge.cut} cut, {judge.errors} failed, {judge.unread} not read")
-        print("\n".join(found.audit.lines() if found.audit else ["no judged document to audit the judge by"]))
+        relabelled = by_words if given.judge_kind == "written" else by_scores
+        before = pool
+        pool, queries = relabelled(given, pool, load_judge(), task, said)
+        if given.pool_depth is not None:
+            said["judge"]["hidden"] = hidden = hidden_audit(before, pool, whole, queries)
+            print("candidates without a judgement, by the judgements that were hidden:", *hidden.lines(), sep="\n")
     mined = choose(pool, given.n_documents, max_positives=given.max_positives or half, select=select, seed=given.seed)
     said["counts"] = mined.counts()
     write_lists(folder / "candidates.jsonl", mined.lists)
@@ -129,8 +140,63 @@ def main() -> None:
     print("\n".join(f"{name}: {number}" for name, number in mined.counts().items()))
 
 
+def by_words(
+    given: MineArguments, pool: Mined, sampler: Any, task: RetrievalTask, said: dict[str, Any]
+) -> tuple[Mined, Any]:
+    """The lists with what a language model writes of them, and the queries whose audits mean something: all."""
+    params = SamplingParams(temperature=0.0, max_tokens=given.judge_tokens)
+    judge = SamplerJudge(sampler, model=given.judge, params=params)
+    found = relabelled_by(judge, given, pool, said)
+    sampler.close()
+    print(f"of {judge.asked} answers {judge.cut} cut, {judge.errors} failed, {judge.unread} not read")
+    return found, task.queries
+
+
+def by_scores(
+    given: MineArguments, pool: Mined, ranker: Any, task: RetrievalTask, said: dict[str, Any]
+) -> tuple[Mined, Any]:
+    """The lists with what scores say of them, and the queries whose audits mean something: those that thresholds were
+    not fitted on."""
+    fitted, held = split_queries(task, 0.5, given.seed)
+    known = known_scores(pool.lists, scorer(ranker, 16), queries=fitted.queries, unjudged=given.judge_unjudged)
+    fit = fit_thresholds(*known, precision=given.judge_precision, kept=given.judge_kept)
+    said["fit"] = asdict(fit)
+    print(f"positive from {fit.thresholds.positive:.4g}, negative below {fit.thresholds.drop:.4g}")
+    print(f"where they were fitted: precision {share_of(fit.precision)}, recall {share_of(fit.recall)}", flush=True)
+    judge = ScoreJudge(ranker, fit.thresholds, model=given.judge)
+    return relabelled_by(judge, given, pool, said, held.queries), held.queries
+
+
+def relabelled_by(judge: Any, given: MineArguments, pool: Mined, said: dict[str, Any], queries: Any = None) -> Mined:
+    """The lists with a judge's labels, audited on `queries`."""
+    found = relabel(
+        pool,
+        judge,
+        **{"name": judge.name, "positives": given.judge_positives, "audit": given.audit, "audit_queries": queries},
+        **{"cache": Path(given.output_dir) / "verdicts.jsonl", "seed": given.seed},
+    )
+    said["judge"] = {**found.counts, "name": judge.name, "audit": found.audit}
+    print(f"judge {judge.name}: {found.counts}")
+    print("\n".join(found.audit.lines() if found.audit else ["no judged document to audit the judge by"]))
+    return found.mined
+
+
+def hidden_audit(before: Mined, after: Mined, whole: RetrievalTask, queries: Any) -> JudgeAudit:
+    """What was said of unjudged candidates against all judgements of the task; what has none is irrelevant."""
+    new = {one.query_id: dict(zip(one.document_ids, one.relabelled, strict=True)) for one in after.lists}
+    truth, verdicts = [], []
+    for one in (one for one in before.lists if one.query_id in queries):
+        marks = new.get(one.query_id, {}) | after.dropped.get(one.query_id, {})
+        positives = whole.positives(one.query_id)
+        for document_id, known in zip(one.document_ids, one.judged, strict=True):
+            if not known:
+                truth.append(document_id in positives)
+                verdicts.append((marks.get(document_id) or "").partition(":")[0] or None)
+    return judge_audit(truth, verdicts)
+
+
 def checked(given: MineArguments) -> tuple[list[Rule], str | SimANS, Any]:
-    """The rules of the flags, how negatives are chosen, and what makes the judge's sampler; before anything is loaded.
+    """The rules of the flags, how negatives are chosen, and what loads the judge; before anything is loaded.
 
     Raises:
         ValueError: naming the flag.
@@ -153,19 +219,40 @@ def checked(given: MineArguments) -> tuple[list[Rule], str | SimANS, Any]:
     rules += [MinScore(by, given.min_score)] if given.min_score is not None else []
     rules += [MaxScore(by, given.max_score)] if given.max_score is not None else []
     simans = SimANS(by, given.simans_a, given.simans_b, given.against)
-    return rules, simans if given.select == "simans" else given.select, sampler_of(given)
+    return rules, simans if given.select == "simans" else given.select, judge_of(given)
 
 
-def sampler_of(given: MineArguments) -> Any:
-    """What loads the judge."""
+def judge_of(given: MineArguments) -> Any:
+    """What loads the judge: a sampler, or a ranker."""
+    if given.judge_kind not in ("written", *SCORED):
+        raise ValueError(f"--judge_kind must be written, {', '.join(SCORED[:-1])} or {SCORED[-1]}")
     if given.judge_engine not in ("hf", "vllm", "server"):
         raise ValueError(f"--judge_engine must be hf, vllm or server, got {given.judge_engine!r}")
+    if given.judge_kind != "written":
+        if given.judge is None:
+            raise ValueError(f"--judge_kind {given.judge_kind} needs --judge, the model that scores")
+        if given.judge_engine != "hf":
+            raise ValueError(
+                f"--judge_engine {given.judge_engine} serves written verdicts; --judge_kind {given.judge_kind} runs "
+                "here, leave it out"
+            )
+        for name in ("judge_precision", "judge_kept"):
+            if not 0 < getattr(given, name) <= 1:
+                raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(given, name)}")
+        if given.judge_unjudged not in ("leave_out", "irrelevant"):
+            raise ValueError(f"--judge_unjudged must be leave_out or irrelevant, got {given.judge_unjudged!r}")
+        return lambda: load_ranker(given.judge, given.judge_kind)
     if given.judge_engine == "server":
         if not given.judge_url:
             raise ValueError("--judge_engine server needs --judge_url http://host:port")
         return lambda: VLLMServerSampler(given.judge, load_tokenizer(given.judge), given.judge_url)
     engine = HFSampler if given.judge_engine == "hf" else VLLMSampler
-    return lambda: engine(*load_model(given.judge))
+
+    def load() -> Any:
+        model, tokenizer = load_model(given.judge)
+        return engine(model, tokenizer, policy=weights_hash(model)[:12])
+
+    return load
 
 
 def searched(given: MineArguments, task: RetrievalTask) -> Mined:

@@ -198,6 +198,16 @@ def test_a_split_is_disjoint_whole_and_repeatable():
             split_queries(task, share)
 
 
+def test_a_pool_keeps_judgements_of_what_a_run_found_and_queries_with_a_relevant_one():
+    qrels = {"q1": {"a": 2.0, "b": 0.0, "c": 1.0}, "q2": {"a": 1.0, "b": 0.0}, "q3": {"c": 1.0}}
+    task = RetrievalTask({d: d for d in "abc"}, {q: q for q in qrels}, qrels)
+    pooled = task.pooled({"q1": {"b": 2.0, "a": 1.0}, "q2": {"b": 1.0}, "q3": {"a": 3.0, "c": 0.0}})
+    assert pooled == RetrievalTask(
+        task.corpus, {"q1": "q1", "q3": "q3"}, {"q1": {"a": 2.0, "b": 0.0}, "q3": {"c": 1.0}}
+    )
+    assert task.qrels == qrels
+
+
 def test_every_query_is_tested_in_one_fold_and_trained_on_in_the_others():
     task = many(11)
     folds = query_folds(task, 4, seed=3)

@@ -100,9 +100,7 @@ class RankChances:
         return self.floor if rank is None else min(1.0, max(self.floor, self.scale * rank**-self.power))
 
 
-def rank_chances(
-    ranks: Iterable[int | None], share: float, *, power: float = 0.5, floor: float = 0.02
-) -> RankChances:
+def rank_chances(ranks: Iterable[int | None], share: float, *, power: float = 0.5, floor: float = 0.02) -> RankChances:
     """The chances by rank whose mean over these documents is `share`, by bisection of the scale.
 
     Args:

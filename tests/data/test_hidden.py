@@ -108,9 +108,7 @@ def test_over_seeds_the_last_positive_is_kept_by_the_rule():
     # and the first is smaller with chance (1 + 2 + 2)/6: if the second is above 2 (2/3) surely, else half of the times
     task = many(queries=1, positives=2)
     seeds = 4_000
-    kept = [
-        hide_positives(task, {"q0": {"d0": 0.5, "d1": 0.25}}, seed=s).task.positives("q0") for s in range(seeds)
-    ]
+    kept = [hide_positives(task, {"q0": {"d0": 0.5, "d1": 0.25}}, seed=s).task.positives("q0") for s in range(seeds)]
     first, second = (sum(d in one for one in kept) / seeds for d in ("d0", "d1"))
     assert abs(first - (0.5 + 0.375 * 5 / 6)) < 0.03  # four standard deviations
     assert abs(second - (0.25 + 0.375 / 6)) < 0.03

@@ -32,7 +32,8 @@ def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
         "± and intervals: 95 %. By seed: Student t of paired differences; the seeds' test queries overlap, so that it "
         "is an interval for these queries. By query: bootstrap of queries, each the mean over the seeds that tested "
         "it; p: permutation of signs, Holm-corrected for the arms of the table. False: share of the lists' negatives "
-        "that are hidden positives. Judges: share of hidden candidates they found, and of what they called positive what is.",
+        "that are hidden positives. Judges: share of hidden candidates they found, and of their new positives the "
+        "right ones.",
     ]
     for cell, comparison in sorted(found.items(), key=lambda item: _order(grid, item[0])):
         whole = found.get(Cell(cell.data))

@@ -196,14 +196,8 @@ class Grid:
         """What decides the result of a run, besides its arm, rate, scale and seed."""
         beside = ("data", "arms", "judges", "drawn", "baseline", "rates", "scales", "seeds", "sweep_seed")
         left = {name: value for name, value in vars(self).items() if name not in beside}
-        made_up = self.data[cell.data].get("made_up")
-        return {
-            **left,
-            "data": cell.data,
-            "way": cell.way,
-            "hidden": cell.hidden,
-            **({"of": made_up} if made_up else {}),
-        }
+        own = {key: value for key, value in self.data[cell.data].items() if key in ("made_up", "encoder")}
+        return {**left, "data": cell.data, "way": cell.way, "hidden": cell.hidden, **own}
 
     def settings(self, name: str) -> dict[str, Any]:
         """What decides the result of an arm's runs alone."""
@@ -214,7 +208,7 @@ class Grid:
 
 
 def _check_data(name: str, data: Any) -> None:
-    known = {"hidden", "ways", "made_up"}
+    known = {"hidden", "ways", "made_up", "encoder", "rates"}
     if not isinstance(data, dict) or not data.keys() <= known:
         raise ValueError(f"data set {name!r} has settings {', '.join(sorted(known))}, got {data!r}")
     if not all(isinstance(share, float) and 0 < share < 1 for share in data.get("hidden", [])):
@@ -376,7 +370,8 @@ def run_cell(
     arms = []
     for name in names:
         tuned = chosen.get(grid.arms[name].get("tuned_as", name))
-        rates, scales = ([tuned[0]], [tuned[1]]) if tuned else (grid.rates, grid.scales)
+        swept = grid.data[cell.data].get("rates", grid.rates)
+        rates, scales = ([tuned[0]], [tuned[1]]) if tuned else (swept, grid.scales)
         options = [{"scale": scale} for scale in scales]
         arms.append(Arm(name, partial(runner.trained, name), rates, grid.settings(name), options))
     return compare(
@@ -391,7 +386,8 @@ def run_cell(
 def collection_of(grid: Grid, name: str, args: argparse.Namespace) -> Collection:
     source = grid.data[name].get("made_up") or args.data_dir / name
     depth = max(grid.depth, grid.static_depth)
-    return Collection(name, source, grid.encoder, depth, args.output_dir, grid.max_length)
+    encoder = grid.data[name].get("encoder", grid.encoder)
+    return Collection(name, source, encoder, depth, args.output_dir, grid.max_length)
 
 
 def main() -> None:

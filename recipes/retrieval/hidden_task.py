@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from search_task import indexed
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from negtune.data.hidden import HiddenTask, RankChances, hide_positives, rank_chances
-from negtune.data.retrieval import RetrievalTask, load_beir, split_queries, synthetic_retrieval
+from negtune.data.retrieval import SYNTHETIC_WORDS, RetrievalTask, load_beir, split_queries, synthetic_retrieval
 from negtune.records import append_jsonl, stream_jsonl
 from negtune.retrieval.choice import choose
 from negtune.retrieval.encoder import encode, load_encoder
@@ -30,7 +33,7 @@ from negtune.retrieval.static_rows import only_used_rows
 
 WHOLE, UNIFORM, BY_RANK = "whole", "uniform", "by rank"
 NEGATIVES = ("none", "random", "static", "mined")
-ORACLE = "oracle"
+ORACLE, WORDS = "oracle", "words"
 Pairs = list[tuple[str, str]]
 
 
@@ -89,7 +92,7 @@ class Collection:
     Args:
         name: of the set.
         source: a folder in BEIR's layout, or a mapping of settings of `synthetic_retrieval`.
-        encoder: of the start; a static table is cut to the tokens of the collection.
+        encoder: of the start, or `words`; a static table is cut to the tokens of the collection.
         depth: documents that BM25 and the start find for each query.
         folder: for scores of judges.
     """
@@ -106,7 +109,7 @@ class Collection:
         self.name, self.depth, self.folder = name, depth, folder
         made_up = isinstance(source, Mapping)
         self.task = synthetic_retrieval(**source) if made_up else load_beir(source, "test", empty="drop")
-        start = load_encoder(encoder, device="cpu")
+        start = word_table() if encoder == WORDS else load_encoder(encoder, device="cpu")
         if max_length is not None:
             start.max_seq_length = max_length
         self.start = only_used_rows(start, [*self.task.corpus.values(), *self.task.queries.values()])
@@ -198,6 +201,17 @@ class Collection:
             turns = [d for i in range(self.depth) for run in runs for d in run[i : i + 1]]
             found += [(query_id, d) for d in list(dict.fromkeys(turns))[:depth]]
         return found
+
+
+def word_table(width: int = 64, seed: int = 0) -> SentenceTransformer:
+    """A random vector for each word of `synthetic_retrieval`: it finds what shares words, and learns which are paired.
+
+    Pieces of words, as other tables have them, are shared between words that have nothing to do with each other.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SYNTHETIC_WORDS)}, SYNTHETIC_WORDS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = torch.randn(len(SYNTHETIC_WORDS), width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
 
 
 @dataclass(frozen=True)

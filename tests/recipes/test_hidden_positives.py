@@ -14,7 +14,8 @@ pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
 pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
 
 from negtune.data.retrieval import split_queries, synthetic_retrieval
-from negtune.records import read_jsonl
+from negtune.eval.compare import DO_NOTHING, Comparison, Finished
+from negtune.records import read_jsonl, write_json
 from tests.recipes.test_recipes import ROOT
 
 FOLDER = ROOT / "recipes" / "retrieval"
@@ -32,9 +33,10 @@ def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import hidden_positives
+    import hidden_report
     import hidden_task
 
-    return hidden_positives, hidden_task
+    return hidden_positives, hidden_task, hidden_report
 
 
 @pytest.fixture
@@ -185,3 +187,71 @@ def test_triplets_pair_each_positive_with_a_negative_of_its_list(modules, collec
     assert len(rows) == sum(gain > 0 for one in lists for gain in one.gains)
     gains = {(one.query, d): gain for one in lists for d, gain in zip(one.documents, one.gains, strict=True)}
     assert all(gains[row["anchor"], row["positive"]] > 0 >= gains[row["anchor"], row["negative"]] for row in rows)
+
+
+# --- Tables and plot --------------------------------------------------------------------------------------------------
+
+GAINS = {"mined": 0.0, "in batch": 0.1, "GIST": 0.04, DO_NOTHING: -0.1}
+"""Of each arm over `mined`, in all queries alike."""
+
+
+def finished(modules, folder: Path, cell, drop: float = 0.0) -> Comparison:
+    """Two seeds, each of ten queries of its own; every query of an arm gains the same, seed 2 a tenth more."""
+    runs = []
+    for arm, gain in GAINS.items():
+        for seed in (1, 2):
+            rate, option = (0.0, {}) if arm == DO_NOTHING else (0.01, {"scale": 7.0})
+            values = {f"q{seed}{i}": 0.3 + i / 100 - drop + gain * (1 + (seed - 1) / 10) for i in range(10)}
+            name = modules[2].file_name(arm, rate, seed, option)
+            (folder / "per_query" / cell.name).mkdir(parents=True, exist_ok=True)
+            write_json(folder / "per_query" / cell.name / f"{name}.json", values)
+            facts = {"hidden": 0.5} if arm == DO_NOTHING else {"lists/false_negatives": 0.2}
+            metrics = {"ndcg@10": sum(values.values()) / 10, **facts}
+            runs.append(Finished(arm, "confirm", rate, seed, {}, metrics, 1.0, option))
+    arms = [arm for arm in GAINS if arm != DO_NOTHING]
+    options = {arm: {"scale": 7.0} for arm in arms}
+    return Comparison("ndcg@10", "higher", "mined", dict.fromkeys(arms, 0.01), [], runs, None, 0.95, options=options)
+
+
+def grid_of(modules):
+    arms = {
+        "mined": {"train": "lists"},
+        "in batch": {"train": "lists", "negatives": "none"},
+        "GIST": {"train": "gist", "control": "in batch"},
+    }
+    return modules[0].Grid(data={"made up": {"hidden": [0.5]}}, arms=arms, drawn=[DO_NOTHING, "mined"], seeds=[1, 2])
+
+
+def test_tables_pair_by_seed_and_by_query_and_show_what_nothing_hidden_gives(modules, tmp_path):
+    grid, Cell = grid_of(modules), modules[1].Cell
+    cells = {cell: finished(modules, tmp_path, cell, cell.hidden / 10) for cell in grid.cells("made up")}
+    text = modules[2].summary(grid, cells, tmp_path)
+    cell = text.partition("## made up, uniform, 50% hidden")[2].partition("## ")[0]
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in cell.splitlines() if "|" in line}
+    # .1 and .11 by seed: mean .105, t(.975, 1) = 12.7 times .00707 over the root of 2 is .0635
+    assert rows["in batch"][2] == "+0.1050 ± 0.0635"
+    assert rows["in batch"][3].startswith("+0.1050 (+0.10")
+    # the table has four rows beside the baseline, and 20 differences of one sign are never that far by chance
+    assert float(rows["in batch"][4]) == pytest.approx(4 / 10_001, abs=1e-4)
+    assert rows["in batch"][5] == "20.0%"
+    assert rows["mined"][2:5] == ["", "", ""]
+    assert rows["mined, nothing hidden"][2] == "+0.0500 ± 0.0000"
+    assert rows["do nothing"][2] == "-0.1050 ± 0.0635"
+    assert "Hidden: 50.0% of the training" in cell
+    control = cell.partition("minus its control")[2]
+    assert "| GIST | in batch | -0.0630 ± 0.0381 |" in control
+    assert Cell("made up") in cells
+    modules[2].draw(grid, cells, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_lines_start_where_nothing_is_hidden_and_an_oracle_at_the_baseline(modules, tmp_path):
+    grid = grid_of(modules)
+    cells = {cell: finished(modules, tmp_path, cell, cell.hidden / 10) for cell in grid.cells("made up")}
+    points = modules[2]._points
+    assert points(cells, "made up", "uniform", "mined", "mined") == [
+        (0.0, pytest.approx(0.345)),
+        (0.5, pytest.approx(0.295)),
+    ]
+    assert points(cells, "made up", "uniform", "mined, oracle relabels", "mined") == [(0.0, pytest.approx(0.345))]
+    assert points(cells, "made up", "uniform", "mined, other", "mined") == []

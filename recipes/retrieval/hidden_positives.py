@@ -11,7 +11,7 @@ Controls    The same split, start, visible labels, steps and queries a step for 
             each arm once a data set, in one cell (uniform 50 %, or whole), on a seed of its own, by a quarter of the
             training queries with all their labels; other cells take what was chosen there.
 Arms        `in batch`, `mined` and its filters: masked InfoNCE over the batch, on the same positives. `random
-            negatives`, `STAR`: the pairs of STAR. `ADORE`: half of the steps STAR, half ADORE, one rate and scale.
+            negatives`, `STAR`: the pairs of STAR. `ADORE`: half of the steps STAR, as chosen for it, half ADORE.
             `pairs` and `GIST`: sentence-transformers, a mined negative for each positive; the guide is the start. CET
             has pairs of a list as objective: compare it with `CET, weights off`. `oracle` knows the hidden positives.
 Measured    recipes/LOG.md
@@ -26,7 +26,7 @@ import argparse
 import copy
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ parser.add_argument("--smoke", action="store_true")
 
 METRICS = ("ndcg@10", "recall@100")
 TRAIN = ("lists", "pairs", "gist", "cet", "adore")
-BESIDE = ("train", "negatives", "rule", "against", "margin", "judge", "only", "ways", "tuned_as", "control")
+BESIDE = ("train", "negatives", "rule", "against", "margin", "judge", "only", "ways", "tuned_as", "control", "first")
 GIVEN = ("encoder", "max_length", "rates", "scales", "seeds", "steps", "batch")
 
 
@@ -132,6 +132,8 @@ class Grid:
             raise ValueError(f"arm {name!r}: no judge {arm['judge']!r}; there are {', '.join([ORACLE, *self.judges])}")
         if arm.get("tuned_as", name) not in self.arms or (arm.get("ways") is not None and "tuned_as" not in arm):
             raise ValueError(f"arm {name!r} is not in the cell of the sweep: tuned_as names an arm whose rate it takes")
+        if arm.get("first", name) not in self.arms:
+            raise ValueError(f"arm {name!r} goes on from {arm['first']!r}, which is no arm here; add it")
         for config in self.configs(name, self.rates[0], self.scales[0], 0, Path("runs")):
             if getattr(config, "mode", None) in ("ips", "ips_posterior") and arm.get("ways") != [BY_RANK]:
                 raise ValueError(f"arm {name!r}: chances differ in {BY_RANK} cells only; set ways: [{BY_RANK}]")
@@ -172,8 +174,11 @@ class Grid:
             **{"weight_decay": 0.01, "max_grad_norm": 1.0},
         }
 
-    def configs(self, name: str, rate: float, scale: float, seed: int, folder: Path) -> list[Any]:
-        """Training arguments of a run of an arm, one for each trainer that it takes."""
+    def configs(
+        self, name: str, rate: float, scale: float, seed: int, folder: Path, first: tuple[float, float] | None = None
+    ) -> list[Any]:
+        """Training arguments of a run of an arm, one for each trainer that it takes; `first`: rate and scale of the
+        first of two."""
         arm = {key: value for key, value in self.arms[name].items() if key not in BESIDE}
         kind, shared = self.arms[name]["train"], self.shared(rate, seed, folder)
         ours = {"redact": True, "scale": scale}
@@ -183,10 +188,14 @@ class Grid:
                     raise ValueError(f"sentence-transformers' losses have no setting {next(iter(arm))!r} here")
                 return [SentenceTransformerTrainingArguments(**shared, batch_sampler=BatchSamplers.NO_DUPLICATES)]
             if kind == "adore":
-                halves = [self.shared(rate, seed, folder, n) for n in (self.steps // 2, self.steps - self.steps // 2)]
+                before, scale_before = first or (rate, scale)
+                half = self.steps // 2
+                star = self.shared(before, seed, folder, half) | {"redact": True, "scale": scale_before}
                 return [
-                    RankingConfig(**halves[0], **ours, loss_type="star"),
-                    QueryEncoderConfig(**halves[1], **ours, depth=self.static_depth, **arm),
+                    RankingConfig(**star, loss_type="star"),
+                    QueryEncoderConfig(
+                        **self.shared(rate, seed, folder, self.steps - half), **ours, depth=self.static_depth, **arm
+                    ),
                 ]
             return [{"lists": RankingConfig, "cet": CoupledConfig}[kind](**shared, **ours, **arm)]
         except (TypeError, ValueError) as error:
@@ -280,10 +289,12 @@ class Runner:
         hidden = {"hidden": self.part(seed).hidden.share}
         return {**self.measure(self.collection.start, seed, file_name(DO_NOTHING, 0, seed)), **hidden}
 
-    def trained(self, name: str, rate: float, seed: int, *, scale: float) -> Mapping[str, float]:
-        """Metrics of one run of an arm."""
+    def trained(
+        self, name: str, first: tuple[float, float] | None, rate: float, seed: int, *, scale: float
+    ) -> Mapping[str, float]:
+        """Metrics of one run of an arm; `first`: rate and scale of the arm that it goes on from."""
         called = file_name(name, rate, seed, {"scale": scale})
-        configs = self.grid.configs(name, rate, scale, seed, self.folder / "trained")
+        configs = self.grid.configs(name, rate, scale, seed, self.folder / "trained", first)
         arm, model = self.grid.arms[name], copy.deepcopy(self.collection.start)
         found = self.part(seed).lists(arm, self.grid.judging)
         set_seed(seed)
@@ -362,25 +373,40 @@ def triplets(lists: list[CandidateList]) -> list[dict[str, str]]:
     return rows
 
 
-def run_cell(
-    grid: Grid, collection: Collection, cell: Cell, chosen: dict[str, tuple[float, float]], folder: Path
-) -> Comparison:
+Choices = dict[str, tuple[float, float]]
+"""Arm to the rate and scale that were chosen."""
+
+
+def run_cell(grid: Grid, collection: Collection, cell: Cell, chosen: Choices, folder: Path) -> Comparison:
     """Train the arms of a cell, at the rate and scale that were chosen before, or swept here."""
-    runner, names = Runner(grid, collection, cell, folder), grid.in_cell(cell)
-    arms = []
-    for name in names:
-        tuned = chosen.get(grid.arms[name].get("tuned_as", name))
-        swept = grid.data[cell.data].get("rates", grid.rates)
+    runner = Runner(grid, collection, cell, folder)
+    swept = grid.data[cell.data].get("rates", grid.rates)
+
+    def arm_of(name: str, before: Choices) -> Arm:
+        tuned, first = chosen.get(grid.arms[name].get("tuned_as", name)), before.get(grid.arms[name].get("first", ""))
         rates, scales = ([tuned[0]], [tuned[1]]) if tuned else (swept, grid.scales)
-        options = [{"scale": scale} for scale in scales]
-        arms.append(Arm(name, partial(runner.trained, name), rates, grid.settings(name), options))
-    return compare(
-        arms,
-        runner.nothing,
-        **{"seeds": grid.seeds, "sweep_seed": grid.sweep_seed, "metric": METRICS[0], "folder": folder},
-        baseline=grid.baseline,
-        settings=grid.deciding(cell),
-    )
+        settings = grid.settings(name) | ({"first_at": first} if first else {})
+        return Arm(name, partial(runner.trained, name, first), rates, settings, [{"scale": scale} for scale in scales])
+
+    def compared(names: Iterable[str], before: Choices) -> Comparison:
+        return compare(
+            [arm_of(name, before) for name in names],
+            runner.nothing,
+            **{"seeds": grid.seeds, "sweep_seed": grid.sweep_seed, "metric": METRICS[0], "folder": folder},
+            baseline=grid.baseline,
+            settings=grid.deciding(cell),
+        )
+
+    names = grid.in_cell(cell)
+    firsts = dict.fromkeys(grid.arms[name]["first"] for name in names if "first" in grid.arms[name])
+    if chosen or not firsts:
+        return compared(names, chosen)
+    return compared(names, choices(compared({grid.baseline: None} | firsts, {})))
+
+
+def choices(found: Comparison) -> Choices:
+    """Of a comparison."""
+    return {arm: (rate, found.options[arm]["scale"]) for arm, rate in found.rates.items()}
 
 
 def collection_of(grid: Grid, name: str, args: argparse.Namespace) -> Collection:
@@ -405,12 +431,10 @@ def main() -> None:
             continue
         gc.collect()
         gc.freeze()  # the host collects garbage in every run, and what stays is much
-        chosen: dict[str, tuple[float, float]] = {}
+        chosen: Choices = {}
         for cell in grid.cells(name):
             found[cell] = run_cell(grid, collection, cell, chosen, args.output_dir)
-            chosen = {
-                arm: (rate, found[cell].options[arm]["scale"]) for arm, rate in found[cell].rates.items()
-            } | chosen
+            chosen = choices(found[cell]) | chosen
             (args.output_dir / "summary.md").write_text(summary(grid, found, args.output_dir))
             draw(grid, found, args.output_dir / "hidden_positives.png")
             print(f"{cell.name}: done", flush=True)

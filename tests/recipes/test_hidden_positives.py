@@ -89,6 +89,7 @@ def test_all_arms_run_go_on_where_they_were_and_are_drawn(tmp_path):
         ({"arms": {"mined": {"train": "lists", "ways": ["by rank"]}}}, [], "tuned_as names an arm"),
         ({"arms": {"mined": {"train": "lists", "rule": "relative"}}}, [], "needs margin and against"),
         ({"arms": {"mined": {"train": "pairs", "loss_type": "star"}}}, [], "have no setting 'loss_type'"),
+        ({}, ["--arms", "mined", "ADORE after STAR"], "goes on from 'STAR', which is no arm here"),
         ({}, ["--only", "cranfeld"], "the file has no data 'cranfeld'"),
         ({}, ["--arms", "STARS"], "the file has no arms 'STARS'"),
         ({}, [], "is no folder in --data_dir None"),

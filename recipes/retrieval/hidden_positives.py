@@ -8,8 +8,8 @@ Data        Collections that are judged well (--data_dir: folders of these names
             with chances that are known. The test queries keep all labels. Half of the queries are test queries, others
             at each seed: repeated random cross-validation, with paired differences.
 Controls    The same split, start, visible labels, steps and queries a step for all arms. Rate and scale are swept for
-            each arm once a data set, in one cell (uniform 50 %, or whole), on a seed of its own, by a quarter of the
-            training queries with all their labels; other cells take what was chosen there.
+            each arm once a data set, in one cell (uniform 50 %, or whole), on a seed of its own, by cross-validation of
+            the training queries, with all their labels; other cells take what was chosen there.
 Arms        `in batch`, `mined` and its filters: masked InfoNCE over the batch, on the same positives. `random
             negatives`, `STAR`: the pairs of STAR. `ADORE`: half of the steps STAR, as chosen for it, half ADORE.
             `pairs` and `GIST`: sentence-transformers, a mined negative for each positive; the guide is the start. CET
@@ -100,12 +100,14 @@ class Grid:
     rates: list[float] = field(default_factory=lambda: [1e-2])
     scales: list[float] = field(default_factory=lambda: [20.0])
     sweep_seed: int = 0
+    folds: int = 3
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
     def __post_init__(self) -> None:
-        for name in ("n_documents", "max_positives", "depth", "static_depth", "batch", "steps"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1 + (name == "steps"):
-                raise ValueError(f"{name} must be a whole number of at least {1 + (name == 'steps')}")
+        for name in ("n_documents", "max_positives", "depth", "static_depth", "batch", "steps", "folds"):
+            least = 2 if name in ("steps", "folds") else 1
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
         if self.max_positives >= self.n_documents:
             raise ValueError(f"max_positives={self.max_positives} leaves no negative in n_documents={self.n_documents}")
         if self.baseline not in self.arms:
@@ -248,6 +250,7 @@ def read_grid(args: argparse.Namespace) -> Grid:
     if args.smoke:
         found |= {"data": {"made up": {"hidden": [0.5], "made_up": {"n_topics": 4, "queries_per_topic": 6}}}}
         found |= {"steps": 4, "batch": 4, "seeds": [1, 2], "rates": [1e-2], "scales": [20.0], "encoder": "tiny"}
+        found["folds"] = 2
         found["judges"] = {name: {**judge, "model": "tiny"} for name, judge in found.get("judges", {}).items()}
         for judge in found["judges"].values():
             judge |= {"depth": 4, "words": 10, "answers": ["a", "b"]} if judge["kind"] == "causal_lm" else {}
@@ -267,15 +270,17 @@ class Runner:
 
     def __init__(self, grid: Grid, collection: Collection, cell: Cell, folder: Path) -> None:
         self.grid, self.collection, self.cell, self.folder = grid, collection, cell, folder
-        self._parts: dict[int, Part] = {}
+        self._parts: dict[tuple[int, int | None], Part] = {}
+        self.fold: int | None = None
 
     def part(self, seed: int) -> Part:
-        if seed not in self._parts:
-            names = ("test_share", "n_documents", "max_positives", "depth", "static_depth")
+        if (seed, self.fold) not in self._parts:
+            names = ("test_share", "n_documents", "max_positives", "depth", "static_depth", "folds")
             settings = {name: getattr(self.grid, name) for name in names}
-            inner = seed == self.grid.sweep_seed
-            self._parts = {seed: Part(self.collection, self.cell, seed, inner=inner, **settings)}
-        return self._parts[seed]
+            if any(key[0] != seed for key in self._parts):
+                self._parts = {}
+            self._parts[seed, self.fold] = Part(self.collection, self.cell, seed, fold=self.fold, **settings)
+        return self._parts[seed, self.fold]
 
     def measure(self, model: Any, seed: int, called: str, index: Any = None) -> dict[str, float]:
         found = evaluate_retrieval(model, self.part(seed).test, metrics=METRICS, index=index)
@@ -289,10 +294,24 @@ class Runner:
         hidden = {"hidden": self.part(seed).hidden.share}
         return {**self.measure(self.collection.start, seed, file_name(DO_NOTHING, 0, seed)), **hidden}
 
-    def trained(
+    def __call__(
         self, name: str, first: tuple[float, float] | None, rate: float, seed: int, *, scale: float
     ) -> Mapping[str, float]:
-        """Metrics of one run of an arm; `first`: rate and scale of the arm that it goes on from."""
+        """Metrics of one run of an arm, in a sweep the means over folds; `first`: rate and scale of the arm that it
+        goes on from."""
+        if seed != self.grid.sweep_seed:
+            return self.trained(name, first, rate, seed, scale)
+        found = []
+        for fold in range(self.grid.folds):
+            self.fold = fold
+            found.append(self.trained(name, first, rate, seed, scale))
+        self.fold = None
+        return {metric: sum(one.get(metric, math.nan) for one in found) / len(found) for metric in found[0]}
+
+    def trained(
+        self, name: str, first: tuple[float, float] | None, rate: float, seed: int, scale: float
+    ) -> Mapping[str, float]:
+        """Of one training."""
         called = file_name(name, rate, seed, {"scale": scale})
         configs = self.grid.configs(name, rate, scale, seed, self.folder / "trained", first)
         arm, model = self.grid.arms[name], copy.deepcopy(self.collection.start)
@@ -386,7 +405,7 @@ def run_cell(grid: Grid, collection: Collection, cell: Cell, chosen: Choices, fo
         tuned, first = chosen.get(grid.arms[name].get("tuned_as", name)), before.get(grid.arms[name].get("first", ""))
         rates, scales = ([tuned[0]], [tuned[1]]) if tuned else (swept, grid.scales)
         settings = grid.settings(name) | ({"first_at": first} if first else {})
-        return Arm(name, partial(runner.trained, name, first), rates, settings, [{"scale": scale} for scale in scales])
+        return Arm(name, partial(runner, name, first), rates, settings, [{"scale": scale} for scale in scales])
 
     def compared(names: Iterable[str], before: Choices) -> Comparison:
         return compare(

@@ -27,8 +27,9 @@ def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
         f"{grid.encoder}, {grid.steps} steps of {grid.batch} queries, lists of {grid.n_documents} with at most "
         f"{grid.max_positives} relevant. nDCG@10 of search on test queries with all their labels, seeds "
         f"{', '.join(map(str, grid.seeds))}: each its own split. Rates {numbers(grid.rates)} and scales "
-        f"{numbers(grid.scales)} swept in the first cell of each data set on seed {grid.sweep_seed}, by a quarter of "
-        "the training queries with all their labels, and taken over by the other cells.",
+        f"{numbers(grid.scales)} swept in the first cell of each data set on seed {grid.sweep_seed}, by "
+        f"{grid.folds}-fold cross-validation of the training queries with all their labels, and taken over by the "
+        "other cells.",
         "± and intervals: 95 %. By seed: Student t of paired differences; the seeds' test queries overlap, so that it "
         "is an interval for these queries. By query: bootstrap of queries, each the mean over the seeds that tested "
         "it; p: permutation of signs, Holm-corrected for the arms of the table. False: share of the lists' negatives "

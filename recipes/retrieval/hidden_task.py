@@ -18,7 +18,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from negtune.data.hidden import HiddenTask, RankChances, hide_positives, rank_chances
-from negtune.data.retrieval import SYNTHETIC_WORDS, RetrievalTask, load_beir, split_queries, synthetic_retrieval
+from negtune.data.retrieval import (
+    SYNTHETIC_WORDS,
+    RetrievalTask,
+    load_beir,
+    query_folds,
+    split_queries,
+    synthetic_retrieval,
+)
 from negtune.records import append_jsonl, stream_jsonl
 from negtune.retrieval.choice import choose
 from negtune.retrieval.encoder import encode, load_encoder
@@ -236,7 +243,7 @@ class Part:
         collection, cell: see there.
         seed: of the split and of what is hidden.
         test_share: of the queries.
-        inner: the sweep's: a quarter of the training queries stand in for the test queries, with all their labels.
+        fold: the sweep's, of `folds`: a part of the training queries stands in for the test queries, with all labels.
         n_documents, max_positives, depth, static_depth: of lists, see the recipe.
     """
 
@@ -247,7 +254,8 @@ class Part:
         seed: int,
         *,
         test_share: float,
-        inner: bool,
+        fold: int | None,
+        folds: int,
         n_documents: int,
         max_positives: int,
         depth: int,
@@ -257,8 +265,8 @@ class Part:
         self.n_documents, self.max_positives = n_documents, max_positives
         self.depth, self.static_depth = depth, static_depth
         train, self.test = split_queries(collection.task, test_share, seed)
-        if inner:
-            train, self.test = split_queries(train, 0.25, seed)
+        if fold is not None:
+            train, self.test = query_folds(train, folds, seed)[fold]
         self.truth, self.chances = train, collection.chances(cell)
         self.hidden: HiddenTask = hide_positives(train, self._keep(train), seed=seed)
         self.train = self.hidden.task

@@ -45,9 +45,9 @@ def collection(modules, tmp_path):
     return modules[1].Collection("made up", made_up, "tiny", 30, tmp_path)
 
 
-def part(modules, collection, way: str, hidden: float, seed: int = 1, *, inner: bool = False):
-    settings = {"test_share": 0.5, "n_documents": 8, "max_positives": 4, "depth": 30, "static_depth": 20}
-    return modules[1].Part(collection, modules[1].Cell("made up", way, hidden), seed=seed, inner=inner, **settings)
+def part(modules, collection, way: str, hidden: float, seed: int = 1, *, fold: int | None = None):
+    settings = {"test_share": 0.5, "n_documents": 8, "max_positives": 4, "depth": 30, "static_depth": 20, "folds": 3}
+    return modules[1].Part(collection, modules[1].Cell("made up", way, hidden), seed=seed, fold=fold, **settings)
 
 
 @pytest.mark.slow
@@ -123,10 +123,13 @@ def test_a_cell_hides_training_labels_and_no_test_label(modules, collection):
 
 
 def test_the_sweep_has_training_queries_only_with_all_their_labels(modules, collection):
-    inner, outer = part(modules, collection, "uniform", 0.5, inner=True), part(modules, collection, "uniform", 0.5)
-    assert inner.test.queries.keys() < outer.train.queries.keys()
-    assert not inner.test.queries.keys() & outer.test.queries.keys()
-    assert inner.test.qrels == {q: outer.truth.qrels[q] for q in inner.test.queries}
+    outer = part(modules, collection, "uniform", 0.5)
+    folds = [part(modules, collection, "uniform", 0.5, fold=fold) for fold in range(3)]
+    tested = [query_id for inner in folds for query_id in inner.test.queries]
+    assert sorted(tested) == sorted(outer.train.queries)  # each once
+    for inner in folds:
+        assert not inner.train.queries.keys() & inner.test.queries.keys()
+        assert inner.test.qrels == {q: outer.truth.qrels[q] for q in inner.test.queries}
 
 
 def test_lists_have_visible_positives_and_false_negatives_are_counted(modules, collection):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.optimize import brentq
+from scipy.stats import ncf, rankdata
 from scipy.stats import t as student_t
 
 Numbers = np.ndarray | np.floating | Sequence[Any] | float | int
@@ -101,6 +102,45 @@ def permutation_test(differences: Numbers, *, resamples: int = 10_000, seed: int
         signs = 1 - 2 * generator.integers(2, size=(min(block, resamples - start), n), dtype=np.int8)
         count += int((np.abs(signs @ values) >= bar).sum())
     return (count + 1) / (resamples + 1)
+
+
+def detectable_difference(differences: Numbers, *, power: float = 0.8, level: float = 0.05) -> float:
+    """Smallest true mean difference that a two-sided paired t test of so many units finds with this power.
+
+    With the standard deviation of these differences, by the noncentral distribution of t^2: 5 units of deviation 1 find
+    1.68, 112 units .27. It says what an experiment could have seen, not what is there.
+
+    Args:
+        differences: ours minus theirs, one number per unit (seed, query), at least two.
+        power: chance to find it, above `level` and below 1.
+        level: chance to find something where nothing is.
+    """
+    values = np.asarray(differences, float)
+    if values.size < 2:
+        raise ValueError(f"a detectable difference needs at least 2 units, got {values.size}")
+    if not 0 < level < power < 1:
+        raise ValueError(f"need 0 < level < power < 1, got level={level} and power={power}")
+    freedom = values.size - 1
+    bar = student_t.ppf(1 - level / 2, freedom)
+
+    def missing(shift: float) -> float:
+        return float(ncf.sf(bar**2, 1, freedom, shift**2)) - power
+
+    high = 2 * (bar + student_t.ppf(power, freedom))  # that without the factor is nearly the answer
+    return float(brentq(missing, 1e-3, high) * values.std(ddof=1) / np.sqrt(values.size))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number: all below .05 together hold at .05 (Holm's step-down of Bonferroni).
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none gets smaller than the one before it.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    found, least = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - place) * p_values[i]))
+        found[i] = least
+    return found
 
 
 def bootstrap_means(values: Numbers, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:

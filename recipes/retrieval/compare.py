@@ -32,7 +32,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
-from search_task import Measured, Split, Start, bm25_run, measured, mined, read_task
+from search_task import Measured, Split, Start, bm25_run, file_name, measured, mined, read_task
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
@@ -334,12 +334,6 @@ def draw(found: Comparison, folder: Path) -> None:
     )
     figure.savefig(folder / "curves.png", dpi=130)
     pyplot.close(figure)
-
-
-def file_name(arm: str, rate: float, seed: int, option: Mapping[str, float] | None = None) -> str:
-    """Of a run."""
-    swept = [f"{name} {value:g}" for name, value in (option or {}).items()]
-    return " ".join([arm, f"{rate:g}", *swept, str(seed)]).replace(" ", "_")
 
 
 def tuples(lists: list[CandidateList], negatives: int, seed: int) -> list[dict[str, str]]:

@@ -223,3 +223,9 @@ class Start:
 def numbers(metrics: Mapping[str, float]) -> str:
     """For a person."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def file_name(arm: str, rate: float, seed: int, option: Mapping[str, float] | None = None) -> str:
+    """Of a run."""
+    swept = [f"{name} {value:g}" for name, value in (option or {}).items()]
+    return " ".join([arm, f"{rate:g}", *swept, str(seed)]).replace(" ", "_")

@@ -2,8 +2,16 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
 
-from negtune.metrics.stats import bootstrap_interval, mean_interval, paired_difference, permutation_test
+from negtune.metrics.stats import (
+    bootstrap_interval,
+    detectable_difference,
+    holm,
+    mean_interval,
+    paired_difference,
+    permutation_test,
+)
 
 
 def test_interval_of_three_runs_by_hand():
@@ -83,3 +91,52 @@ def test_permutation_test_refuses_what_it_cannot_test(differences):
 
 def test_permutation_test_draws_as_often_as_asked_where_units_are_many():
     assert permutation_test([0.0] * 5000, resamples=2000) == 1  # 2000 of 2000 are as far as 0, in blocks of 838
+
+
+# --- What could have been seen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [5, 40])
+def test_a_difference_that_can_be_detected_is_found_with_its_power(units):
+    draws = np.random.default_rng(0).normal(size=(20_000, units))
+    difference = detectable_difference(_with_deviation_1(units))
+    shifted = draws + difference
+    t = shifted.mean(1) / (shifted.std(1, ddof=1) / np.sqrt(units))
+    found = (np.abs(t) > student_t.ppf(0.975, units - 1)).mean()
+    assert abs(found - 0.8) < 0.012  # four standard deviations
+
+
+def test_a_detectable_difference_grows_with_the_deviation_and_the_power_and_falls_with_the_units():
+    one = detectable_difference([0.0, 1.0, 2.0, 3.0])
+    assert detectable_difference([0.0, 3.0, 6.0, 9.0]) == pytest.approx(3 * one)
+    assert detectable_difference([5.0, 6.0, 7.0, 8.0]) == pytest.approx(one)
+    assert detectable_difference([0.0, 1.0, 2.0, 3.0], power=0.9) > one
+    assert detectable_difference([0.0, 1.0, 2.0, 3.0] * 3) < one
+    # large samples: (1.960 + .842) sd / sqrt(n)
+    many = _with_deviation_1(10_000)
+    assert detectable_difference(many) == pytest.approx(2.8016 / 100, rel=1e-3)
+    assert detectable_difference([0.5, 0.5, 0.5]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(([1.0],), "at least 2"), (([1.0, 2.0], 0.04, 0.05), "level"), (([1.0, 2.0], 1.0, 0.05), "power")],
+)
+def test_what_cannot_be_detected_is_refused(arguments, message):
+    values, *rest = arguments
+    with pytest.raises(ValueError, match=message):
+        detectable_difference(values, **dict(zip(("power", "level"), rest, strict=False)))
+
+
+def test_holm_multiplies_by_what_is_left_and_keeps_the_order():
+    # sorted .01 .02 .03 .6: times 4, 3, 2, 1 are .04 .06 .06 .6
+    assert holm([0.02, 0.6, 0.01, 0.03]) == pytest.approx([0.06, 0.6, 0.04, 0.06])
+    assert holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])  # .04 x 1 is not below the smaller one's .06
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.3]) == [0.3]
+    assert holm([]) == []
+
+
+def _with_deviation_1(units: int) -> np.ndarray:
+    values = np.arange(units, dtype=float)
+    return values / values.std(ddof=1)

@@ -3,8 +3,7 @@
 Optimiser steps of whole trainers on the same made-up lists, all arms in turn, for several rounds; a step is what lies
 between the ends of two steps: batch, scores that the weights are made of, losses, backward, clipping, AdamW. The first
 step of a round is not counted. Seconds are those of this process on the CPU, so that waiting for others counts less;
-`load` says how many there were. Peak memory: of making the trainer and two
-steps, in a process of its own.
+`load` says how many there were. Peak memory: of making the trainer and two steps, in a process of its own.
 
 bce         sentence-transformers' CrossEncoderTrainer with BinaryCrossEntropyLoss, as many pairs a step.
 ranking     RankingTrainer, rank_net, the same lists: the peer of everything below.
@@ -131,7 +130,8 @@ def one_round(arm: str, args: argparse.Namespace) -> list[float]:
 
 def memory(arm: str, args: argparse.Namespace) -> float:
     args.steps = 1
-    one_round(arm, args)  # what a first run imports and keeps is no arm's
+    few = argparse.Namespace(**{**vars(args), "encoder": "tiny", "words": 4})
+    one_round(arm, few)  # imports are no arm's; a large model here would leave its heap to the one that is measured
     return peak_private_mib(lambda: one_round(arm, args))
 
 

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -293,8 +293,8 @@ class Part:
         return add_scores(mine(self.train, retrievers, **settings), self.collection.scores, name="dense")
 
     def lists(self, arm: Mapping[str, Any], judges: Mapping[str, Judging]) -> Lists:
-        """Of an arm: `negatives`, with `rule`, `margin` and `against`, or with `judge` and what becomes of positives that
-        it has `found`."""
+        """Of an arm: `negatives`, with `rule`, `margin` and `against`, or with `judge` and what becomes of positives
+        that it has `found`."""
         kind = arm.get("negatives", "mined")
         if kind in ("random", "static"):
             return self._facts(self._drawn(kind))

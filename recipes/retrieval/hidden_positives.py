@@ -75,7 +75,20 @@ parser.add_argument("--smoke", action="store_true")
 
 METRICS = ("ndcg@10", "recall@100")
 TRAIN = ("lists", "pairs", "gist", "cet", "adore")
-BESIDE = ("train", "negatives", "rule", "against", "margin", "judge", "only", "ways", "tuned_as", "control", "first")
+BESIDE = (
+    "train",
+    "negatives",
+    "rule",
+    "against",
+    "margin",
+    "judge",
+    "only",
+    "ways",
+    "tuned_as",
+    "control",
+    "first",
+    "found",
+)
 GIVEN = ("encoder", "max_length", "rates", "scales", "seeds", "steps", "batch")
 
 
@@ -134,6 +147,8 @@ class Grid:
             raise ValueError(f"arm {name!r}: no judge {arm['judge']!r}; there are {', '.join([ORACLE, *self.judges])}")
         if arm.get("tuned_as", name) not in self.arms or (arm.get("ways") is not None and "tuned_as" not in arm):
             raise ValueError(f"arm {name!r} is not in the cell of the sweep: tuned_as names an arm whose rate it takes")
+        if arm.get("found", "drop") not in ("relabel", "drop"):
+            raise ValueError(f"arm {name!r}: found is relabel or drop, got {arm['found']!r}")
         if arm.get("first", name) not in self.arms:
             raise ValueError(f"arm {name!r} goes on from {arm['first']!r}, which is no arm here; add it")
         for config in self.configs(name, self.rates[0], self.scales[0], 0, Path("runs")):

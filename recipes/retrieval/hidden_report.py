@@ -16,8 +16,8 @@ from negtune.metrics.stats import detectable_difference, holm, mean_interval, pa
 from negtune.records import read_json
 
 METRIC = "ndcg@10"
-COLORS = ("#9aa0a6", "#0072b2", "#1f2328", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#d55e00")
-MARKERS = "xos^vPD*"
+COLORS = ("#0072b2", "#56b4e9", "#1f2328", "#e69f00", "#cc79a7", "#009e73", "#9aa0a6", "#d55e00")
+MARKERS = "oDs^vPx*"
 
 
 def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
@@ -172,7 +172,9 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
                 }
                 ax.plot([100 * x for x, _ in points], [y for _, y in points], label=arm, **style)
             said = "uniformly" if way == UNIFORM else "by BM25 rank"
-            ax.set_title(f"{data}, hidden {said}", fontsize=10, loc="left")
+            nothing = _points(found, data, way, DO_NOTHING, grid.baseline)
+            start = f" (do nothing {nothing[0][1]:.3f})" if nothing and DO_NOTHING not in grid.drawn else ""
+            ax.set_title(f"{data}, hidden {said}{start}", fontsize=10, loc="left")
             ax.set_xlabel("% of the training positives hidden")
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)

@@ -270,7 +270,7 @@ class Part:
         self.truth, self.chances = train, collection.chances(cell)
         self.hidden: HiddenTask = hide_positives(train, self._keep(train), seed=seed)
         self.train = self.hidden.task
-        self._relabelled: dict[str, Mined] = {}
+        self._relabelled: dict[tuple[str, str], Mined] = {}
 
     def _keep(self, train: RetrievalTask) -> Any:
         if isinstance(self.chances, float):
@@ -293,7 +293,8 @@ class Part:
         return add_scores(mine(self.train, retrievers, **settings), self.collection.scores, name="dense")
 
     def lists(self, arm: Mapping[str, Any], judges: Mapping[str, Judging]) -> Lists:
-        """Of an arm: `negatives`, with `rule` and `against`, or with `judge`."""
+        """Of an arm: `negatives`, with `rule`, `margin` and `against`, or with `judge` and what becomes of positives
+        that it has `found`."""
         kind = arm.get("negatives", "mined")
         if kind in ("random", "static"):
             return self._facts(self._drawn(kind))
@@ -302,13 +303,15 @@ class Part:
             make = {"relative": RelativeMargin, "absolute": AbsoluteMargin}[arm["rule"]]
             pool = drop_negatives(pool, [make("dense", arm["margin"], against=arm["against"])])
         if arm.get("judge") is not None:
-            pool = self._judged(arm["judge"], judges)
+            pool = self._judged(arm["judge"], judges, arm.get("found", "relabel"))
         chosen = choose(pool, self.n_documents, max_positives=self.max_positives, seed=self.seed)
         if kind == "none":
             kept = [picked(one, [i for i, gain in enumerate(one.gains) if gain > 0]) for one in chosen.lists]
             return Lists(kept, {"lists/false_negatives": 0.0})
         found = self._facts(chosen)
-        return found if arm.get("judge") is None else replace(found, facts={**found.facts, **self._verdicts(pool)})
+        if arm.get("judge") is None or arm.get("found") == "drop":
+            return found
+        return replace(found, facts={**found.facts, **self._verdicts(pool)})
 
     def _drawn(self, kind: str) -> Mined:
         """Negatives drawn from the start's first, or from the whole corpus."""
@@ -325,11 +328,11 @@ class Part:
             self.train, [retriever], depth=self.static_depth, positives="guaranteed", select="random", **settings
         )
 
-    def _judged(self, name: str, judges: Mapping[str, Judging]) -> Mined:
-        if name not in self._relabelled:
+    def _judged(self, name: str, judges: Mapping[str, Judging], found: str) -> Mined:
+        if (name, found) not in self._relabelled:
             judge = self._oracle() if name == ORACLE else self._score_judge(name, judges[name])
-            self._relabelled[name] = relabel(self.pool, judge, name=name, audit=0).mined
-        return self._relabelled[name]
+            self._relabelled[name, found] = relabel(self.pool, judge, name=name, positives=found, audit=0).mined
+        return self._relabelled[name, found]
 
     def _oracle(self) -> Any:
         """Knows the hidden positives, and says nothing else."""

@@ -65,7 +65,7 @@ def test_all_arms_run_go_on_where_they_were_and_are_drawn(tmp_path):
     assert len(by_rank) == 2
     assert cells["by rank", 0.5] == {"do nothing", *arms}
     assert cells["uniform", 0.5] == {"do nothing", *arms} - by_rank
-    assert cells["whole", 0.0] == {"do nothing", *arms} - by_rank - {"mined, oracle relabels"}
+    assert cells["whole", 0.0] == {"do nothing", *arms} - by_rank - {"mined, oracle relabels", "mined, oracle drops"}
     assert len(runs) == 2 * sum(map(len, cells.values()))
     assert "mined, nothing hidden" in done.stdout
     assert (tmp_path / "hidden_positives.png").stat().st_size > 20_000
@@ -155,6 +155,12 @@ def test_an_oracle_leaves_no_false_negative_and_finds_all_candidates(modules, co
     assert found.facts == {"lists/false_negatives": 0.0, "lists/found": 1.0, "lists/found_right": 1.0}
     new = sum(said is not None for candidates in found.lists for said in candidates.relabelled)
     assert new > 0
+    dropped = one.lists({"judge": "oracle", "found": "drop"}, {})
+    assert dropped.facts == {"lists/false_negatives": 0.0}
+    for candidates in dropped.lists:
+        gains = dict(zip(candidates.document_ids, candidates.gains, strict=True))
+        assert not gains.keys() & one.hidden.hidden.get(candidates.query_id, {}).keys()
+        assert all(gain == one.train.qrels[candidates.query_id].get(d, 0.0) for d, gain in gains.items())
 
 
 def test_a_judge_by_scores_is_held_to_the_truth(modules, collection, monkeypatch):

@@ -37,7 +37,7 @@ from negtune.trainers.ranking_config import OBJECTIVE
 
 SMOKE = {
     **{"model_name_or_path": "tiny", "max_steps": 4, "warm_steps": 2, "n_documents": 6, "logging_steps": 1},
-    **{"per_device_train_batch_size": 4, "eval_steps": 2, "depth": 40, "loss_type": "star"},
+    **{"per_device_train_batch_size": 4, "eval_steps": 2, "depth": 40},
 }
 PAPER = {
     "title": "Optimizing Dense Retrieval Model Training with Hard Negatives",
@@ -54,8 +54,13 @@ class StarArguments(TaskArguments):
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
 
 
+@dataclass
+class StarConfig(RankingConfig):
+    loss_type: str = field(default="star", metadata={"help": "star, masked_infonce, or another with in_batch."})
+
+
 def main() -> None:
-    given, args, model_args = parsed(TrlParser((StarArguments, RankingConfig, ModelConfig)), SMOKE)
+    given, args, model_args = parsed(TrlParser((StarArguments, StarConfig, ModelConfig)), SMOKE)
     no_push(args)
     if not args.in_batch or args.model_kind not in ("auto", "bi_encoder"):
         raise ValueError(

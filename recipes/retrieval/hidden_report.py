@@ -41,6 +41,10 @@ def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
         lines += [f"## {cell.name}", _table(grid, cell, comparison, whole, folder)]
         controls = _controls(grid, cell, comparison, folder)
         lines += [controls] if controls else []
+    for data in grid.data:
+        cells = sorted((c for c in found if c.data == data and c.way != WHOLE), key=lambda cell: _order(grid, cell))
+        if cells and Cell(data) in found:
+            lines += [f"## {data}: what hiding costs", _costs(grid, cells, found, folder)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -61,7 +65,7 @@ def by_query(comparison: Comparison, arm: str, cell: Cell, folder: Path) -> dict
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[str, float, float]:
     """Mean and interval as text, p, and what could have been found."""
     shared = [query_id for query_id in theirs if query_id in ours]
-    differences = [ours[q] - theirs[q] for q in shared]
+    differences = [round(ours[q] - theirs[q], 12) for q in shared]  # of equal numbers rounding has one sign
     mean, low, high = paired_difference([ours[q] for q in shared], [theirs[q] for q in shared])
     text = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
     return text, permutation_test(differences), detectable_difference(differences)
@@ -136,6 +140,28 @@ def _controls(grid: Any, cell: Cell, comparison: Comparison, folder: Path) -> st
         if texts
         else ""
     )
+
+
+def _costs(grid: Any, cells: list[Cell], found: Mapping[Cell, Comparison], folder: Path) -> str:
+    """Of each arm what it has where nothing is hidden, minus what it has in a cell; is it what the baseline loses?"""
+    whole = Cell(cells[0].data)
+    arms = [arm for arm in found[whole].arms[1:] if all(arm in found[cell].arms for cell in cells)]
+    rows = [[arm] for arm in arms]
+    for cell in cells:
+        costs = {}
+        for arm in arms:
+            before, behind = by_query(found[whole], arm, whole, folder), by_query(found[cell], arm, cell, folder)
+            costs[arm] = {query_id: before[query_id] - behind[query_id] for query_id in before}
+        others = [arm for arm in arms if arm != grid.baseline]
+        corrected = dict(zip(others, holm([paired(costs[a], costs[grid.baseline])[1] for a in others]), strict=True))
+        for row, arm in zip(rows, arms, strict=True):
+            row.append(
+                f"{statistics.mean(costs[arm].values()):+.4f}"
+                + (f" ({corrected[arm]:.3f})" if arm in corrected else "")
+            )
+    head = ["arm", *(f"{cell.way}, {cell.hidden:.0%}" for cell in cells)]
+    note = f"In brackets: p of the difference to what it costs {grid.baseline}, by query, Holm-corrected in a column."
+    return f"{_markdown(head, rows)}\n\n{note}"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -251,6 +251,9 @@ def test_tables_pair_by_seed_and_by_query_and_show_what_nothing_hidden_gives(mod
     control = cell.partition("minus its control")[2]
     assert "| GIST | in batch | -0.0630 ± 0.0381 |" in control
     assert Cell("made up") in cells
+    costs = text.partition("what hiding costs")[2]
+    assert "| mined | +0.0500 |" in costs  # .5 / 10
+    assert "| in batch | +0.0500 (1.000) |" in costs
     modules[2].draw(grid, cells, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

@@ -189,7 +189,7 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
                 ax.set_visible(False)
                 continue
             for i, arm in enumerate(grid.drawn):
-                points = _points(found, data, way, arm, grid.baseline)
+                points = _points(found, data, way, arm)
                 style = {
                     "marker": MARKERS[i % 8],
                     "color": COLORS[i % 8],
@@ -198,7 +198,7 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
                 }
                 ax.plot([100 * x for x, _ in points], [y for _, y in points], label=arm, **style)
             said = "uniformly" if way == UNIFORM else "by BM25 rank"
-            nothing = _points(found, data, way, DO_NOTHING, grid.baseline)
+            nothing = _points(found, data, way, DO_NOTHING)
             start = f" (do nothing {nothing[0][1]:.3f})" if nothing and DO_NOTHING not in grid.drawn else ""
             ax.set_title(f"{data}, hidden {said}{start}", fontsize=10, loc="left")
             ax.set_xlabel("% of the training positives hidden")
@@ -211,16 +211,10 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _points(
-    found: Mapping[Cell, Comparison], data: str, way: str, arm: str, baseline: str
-) -> list[tuple[float, float]]:
-    """Share and mean; where nothing is hidden an oracle is the baseline."""
+def _points(found: Mapping[Cell, Comparison], data: str, way: str, arm: str) -> list[tuple[float, float]]:
+    """Share and mean."""
     points = []
     for cell, comparison in found.items():
-        if cell.data != data or cell.way not in (way, WHOLE):
-            continue
-        name = arm if arm in comparison.arms else baseline if cell.way == WHOLE and "oracle" in arm else None
-        values = comparison.values(name, METRIC) if name else {}
-        if values:
-            points.append((cell.hidden, statistics.mean(values.values())))
+        if cell.data == data and cell.way in (way, WHOLE) and arm in comparison.arms:
+            points.append((cell.hidden, statistics.mean(comparison.values(arm, METRIC).values())))
     return sorted(points)

@@ -207,7 +207,7 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
         axes[row][0].set_ylabel("nDCG@10, all test labels")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
 

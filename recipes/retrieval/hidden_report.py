@@ -36,6 +36,8 @@ def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
         "that are hidden positives. Judges: share of hidden candidates they found, and of their new positives the "
         "right ones.",
     ]
+    own = {data: settings for data in grid.data if (settings := grid.own(data))}
+    lines += [f"{data} has its own {', '.join(f'{k}: {v}' for k, v in one.items())}." for data, one in own.items()]
     for cell, comparison in sorted(found.items(), key=lambda item: _order(grid, item[0])):
         whole = found.get(Cell(cell.data))
         lines += [f"## {cell.name}", _table(grid, cell, comparison, whole, folder)]

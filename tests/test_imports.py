@@ -20,6 +20,7 @@ NEED_SENTENCE_TRANSFORMERS = {
     *("negtune.retrieval.query_side", "negtune.trainers.ranking", "negtune.trainers.ranking_config"),
     *("negtune.trainers.query_encoder", "negtune.trainers.query_encoder_config", "negtune.trainers.refresh"),
     *("negtune.retrieval.coupled", "negtune.trainers.coupled", "negtune.trainers.coupled_config"),
+    *("negtune.trainers.coupled_selection", "negtune.trainers.list_training", "negtune.trainers.ranker_setup"),
 }
 
 
@@ -51,6 +52,19 @@ except ModuleNotFoundError as error:
     said = "training retrievers needs sentence-transformers; run: pip install 'negtune[retrieval]'"
     found = dict(line.split("|") for line in output.stdout.splitlines())
     assert found == dict.fromkeys({*NEED_SENTENCE_TRANSFORMERS, "from negtune"}, said)
+
+
+def test_no_trainer_inherits_from_another_one():
+    pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
+    from transformers import Trainer
+
+    modules = [importlib.import_module(name) for name in MODULES if name.startswith("negtune.trainers.")]
+    classes = {one for module in modules for one in vars(module).values() if isinstance(one, type)}
+    trainers = {one for one in classes if issubclass(one, Trainer) and one.__module__.startswith("negtune.")}
+    assert {"RankingTrainer", "CoupledTrainer", "QueryEncoderTrainer"} <= {one.__name__ for one in trainers}
+    for trainer in trainers:
+        (host,) = trainer.__bases__
+        assert not host.__module__.startswith("negtune."), trainer
 
 
 def test_every_folder_with_code_is_a_package():

@@ -33,7 +33,7 @@ from negtune.data.retrieval import text_key
 
 logger = logging.getLogger(__name__)
 
-_RULES = 4  # of this file: rows checked by other rules are not read from a cache
+_RULES = 5  # of this file: rows checked by other rules are not read from a cache
 COUNTED = "negtune_counted"
 """Column of checked rows: whether the list says something."""
 LEFT_OUT = "negtune_left_out"
@@ -213,7 +213,7 @@ def checked_row(
     if row.get("known_positives") is not None:
         known = _known_positives(row["known_positives"], bool(ids), where)
         if not scored:
-            _refuse_known_negatives(known, names, names if ids else texts, found["gains"], where)
+            _check_known(known, names, names if ids else texts, found["gains"], where)
         if in_batch:
             found |= {"known_positives": known} | ({"document_ids": names} if ids else {})
     judged = {"judged": _judged(row, names, where)} if provenance else {}
@@ -223,22 +223,25 @@ def checked_row(
 def _known_positives(values: Any, has_ids: bool, where: str) -> list[str]:
     """As they are compared."""
     _check_length(values, "known_positives", where, None)
-    if not values:
-        raise RowError(
-            f"{where}: known_positives are empty; name the documents that are relevant to the query, or leave the "
-            "column out of all rows"
-        )
     return [str(value) if has_ids else text_key(str(value)) for value in values]
 
 
-def _refuse_known_negatives(
+def _check_known(
     known: Sequence[str], names: Sequence[str], keys: Sequence[str], gains: Sequence[float], where: str
 ) -> None:
+    """What is relevant in the list is known to be relevant, and nothing else of it; else the two say different things,
+    or name documents in different ways."""
+    relevant = set(known)
     for name, key, gain in zip(names, keys, gains, strict=True):
-        if gain == 0 and key in known:
+        if gain == 0 and key in relevant:
             raise RowError(
                 f"{where}: document {name} has gain 0 and is among known_positives; give its gain, take it out of the "
                 "list, or out of known_positives"
+            )
+        if gain > 0 and key not in relevant:
+            raise RowError(
+                f"{where}: document {name} has a gain and is not among known_positives ({_short(known)}), which are "
+                "all that is relevant: ids as in document_ids where there are ids, else texts"
             )
 
 

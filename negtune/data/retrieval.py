@@ -384,14 +384,17 @@ def _find_qrels(folder: Path, split: str) -> Path:
 def file_lines(path: Path) -> Iterator[tuple[str, str]]:
     """`(file line number, text)` of every line with something on it."""
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as lines:
+    with opened(path, "rt", encoding="utf-8-sig") as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path} line {number}", line.rstrip("\r\n")
-        except (EOFError, UnicodeDecodeError) as error:
-            raise RowError(f"{path} cannot be read after line {number} ({error}); copy it again") from None
+        except (EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+            raise RowError(
+                f"{path} cannot be read after line {number} ({error}); copy it again, or save it as UTF-8 text"
+                + (", zipped by gzip" if path.suffix == ".gz" else "")
+            ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:

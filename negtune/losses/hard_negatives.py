@@ -25,6 +25,7 @@ from negtune.losses.ranking import (
     refuse_not_positive,
     refuse_unknown_gain,
     shares_of_ideal,
+    sides,
 )
 from negtune.ops import at_least_float32
 
@@ -70,16 +71,12 @@ def star(
     holds the factor B over that number. https://arxiv.org/abs/2104.08051
     """
     refuse_not_positive(temperature=temperature)
-    if alpha is not None and not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha weighs random negatives and must be 0 or more and finite, got {alpha}")
+    _refuse_alpha(alpha)
     pool, negatives = _pool(scores, hard_scores, positives, relevant, hard_relevant, hard_mask)
     pool = at_least_float32(pool) / temperature
     gaps = (pool - pool.gather(-1, positives.unsqueeze(-1))).masked_fill(~negatives, 0.0)
     losses = F.softplus(gaps).masked_fill(~negatives, 0.0)
-    if alpha is None:
-        return len(losses) * _share_of_mean(losses, negatives)
-    static = negatives & F.pad(own, (scores.shape[1], 0))
-    return len(losses) * (_share_of_mean(losses, static) + alpha * _share_of_mean(losses, negatives & ~static))
+    return len(losses) * _over_pairs(losses, negatives, F.pad(own, (scores.shape[1], 0)), alpha)
 
 
 def masked_infonce(
@@ -117,7 +114,8 @@ def star_lists(
     alpha: float | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, " Q"]:
-    """`star` over lists: each relevant document of a query against all that are not, averaged over the relevant ones.
+    """`star` over lists: each relevant document of a query against all that are not. A pair of a query with P relevant
+    documents weighs 1/P, so that each negative of a query counts once, however many positives it stands beside.
 
     Args:
         scores, gains, mask: lists of documents, as in `losses.ranking`; here all documents of a batch, masked where
@@ -125,27 +123,33 @@ def star_lists(
         own: the query's own documents, of which the irrelevant ones were drawn for it. Default: all.
         alpha, temperature: see `star`.
 
-    With one relevant document a query it is `star`; with several, each is a query of that batch.
+    With one relevant document a query it is `star`.
 
-    Reduction: mean over queries.
+    Reduction: mean over the queries that have a relevant document, as `star`.
     """
-    own = mask if own is None else own
-    relevant = (gains > 0) & mask
+    refuse_not_positive(temperature=temperature)
+    _refuse_alpha(alpha)
+    relevant, irrelevant = sides(gains, mask)
+    negatives = irrelevant & relevant.any(-1, keepdim=True)
     rows, columns = relevant.nonzero(as_tuple=True)
-    wide = scores.masked_fill(~mask, 0.0)[rows]
-    losses = star(
-        wide.gather(-1, columns.unsqueeze(-1)),
-        wide,
-        torch.zeros_like(rows),
-        torch.ones_like(rows, dtype=torch.bool).unsqueeze(-1),
-        relevant[rows],
-        own[rows],
-        hard_mask=mask[rows],
-        alpha=alpha,
-        temperature=temperature,
-    )
-    totals = losses.new_zeros(len(scores)).index_add(0, rows, losses)
-    return totals / relevant.sum(-1).clamp(min=1)
+    scores = at_least_float32(scores).masked_fill(~mask, 0.0) / temperature
+    pairs = F.softplus(scores[rows] - scores[rows, columns].unsqueeze(-1))
+    losses = torch.zeros_like(scores).index_add(0, rows, pairs) / relevant.sum(-1, keepdim=True).clamp(min=1)
+    shares = _over_pairs(losses, negatives, negatives if own is None else own, alpha)
+    return relevant.any(-1).sum() * shares
+
+
+def _over_pairs(losses: Tensor, negatives: Tensor, own: Tensor, alpha: float | None) -> Tensor:
+    """What each query adds to the mean over all pairs, or to that over static ones and alpha times that over others."""
+    if alpha is None:
+        return _share_of_mean(losses, negatives)
+    static = negatives & own
+    return _share_of_mean(losses, static) + alpha * _share_of_mean(losses, negatives & ~static)
+
+
+def _refuse_alpha(alpha: float | None) -> None:
+    if alpha is not None and not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha weighs random negatives and must be 0 or more and finite, got {alpha}")
 
 
 def _pool(
@@ -216,12 +220,12 @@ def adore(
     refuse_not_positive(temperature=temperature)
     refuse_unknown_gain(gain)
     scores = at_least_float32(scores) / temperature
-    gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
+    gains = gains.to(scores).masked_fill(~mask, 0.0).clamp(min=0)
     if metric == "mrr":
-        gains = (gains > 0).to(gains.dtype)
+        gains = (gains > 0).to(scores)
     with torch.no_grad():
         places = ranks_by_score(scores, gains, mask) if ranks is None else _checked(ranks, mask)
-        places = places.to(gains.dtype)
+        places = places.to(scores)
         values = 1 / (places if metric == "mrr" else discount(places))
         if metric_cut is not None:
             values = values.masked_fill(places > metric_cut, 0.0)
@@ -274,13 +278,13 @@ def _table(rows: list[list[int]], like: Tensor) -> Tensor:
     return torch.tensor(padded, dtype=like.dtype, device=like.device).view(len(rows), width)
 
 
+# --- By name ----------------------------------------------------------------------------------------------------------
+
+IN_BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {"star": star_lists, "masked_infonce": infonce}
+"""`(scores, gains, mask) -> [Q]` over all documents of a batch. `masked_infonce` is `infonce` then: what is known to be
+relevant is behind the mask."""
 SEARCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "adore": adore,
     **{name: loss for name, loss in RANKING_LOSSES.items() if name not in ("margin_mse", "kl_distill")},
 }
 """What can train on the lists of a search: nobody has a teacher's scores for documents that are found as one goes."""
-# --- Of a batch -------------------------------------------------------------------------------------------------------
-
-IN_BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {"star": star_lists, "masked_infonce": infonce}
-"""`(scores, gains, mask) -> [Q]` over all documents of a batch. `masked_infonce` is `infonce` then: what is known to be
-relevant is behind the mask."""

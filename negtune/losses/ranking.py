@@ -229,19 +229,19 @@ def lambda_rank(
     refuse_unknown_gain(gain)
     scores = at_least_float32(scores) / temperature
     with torch.no_grad():
-        weights = _pair_weights(scores, gains, mask, k or scores.shape[-1], scheme, mu, gain, ideal_gains)
+        weights = _pair_weights(scores, gains.to(scores), mask, k or scores.shape[-1], scheme, mu, gain, ideal_gains)
     losses, pairs = pair_losses(scores, gains, mask)
     return (losses * weights).masked_fill(~pairs, 0.0).sum((-1, -2))
 
 
 def _pair_weights(scores, gains, mask, k, scheme, mu, gain, ideal_gains) -> Tensor:
-    """[Q D D]."""
-    gains = at_least_float32(gains).masked_fill(~mask, 0.0).clamp(min=0)
-    ranks = ranks_by_score(scores, gains, mask)
+    """[Q D D], in the dtype of the scores and gains."""
+    gains = gains.masked_fill(~mask, 0.0).clamp(min=0)
+    ranks = ranks_by_score(scores, gains, mask).to(gains)
     top = ranks <= k
-    near = (top.unsqueeze(-1) | top.unsqueeze(-2)).to(gains.dtype)
+    near = (top.unsqueeze(-1) | top.unsqueeze(-2)).to(gains)
     if scheme == "mrr":
-        return near * apart(1 / ranks.to(gains.dtype))
+        return near * apart(1 / ranks)
     gained = shares_of_ideal(gains, k, gain, ideal_gains)
     if scheme == "ndcg1":
         return near * (gained / discount(ranks)).unsqueeze(-1)
@@ -333,7 +333,7 @@ def ranks_by_score(scores: Tensor, gains: Tensor, mask: Tensor) -> Tensor:
 
 def shares_of_ideal(gains: Tensor, k: int, gain: str, ideal_gains: Tensor | None) -> Tensor:
     """Gain of each document over the ideal DCG of k places, [Q D]; `gains` are neither padding nor below 0."""
-    judged = gains if ideal_gains is None else at_least_float32(ideal_gains).clamp(min=0)
+    judged = gains if ideal_gains is None else ideal_gains.to(gains).clamp(min=0)
     if gain == "exponential":
         gains, judged = exponential_gain(gains), exponential_gain(judged)
     ideal = ideal_value(judged, "ndcg", k).clamp(min=torch.finfo(gains.dtype).tiny)
@@ -346,7 +346,7 @@ def apart(values: Tensor) -> Tensor:
 
 
 def discount(ranks: Tensor) -> Tensor:
-    """What DCG divides by at a place: log2(1 + r)."""
+    """What DCG divides by at a place: log2(1 + r), in the dtype of the ranks; of integers that is float32."""
     return torch.log2(1.0 + ranks)
 
 

@@ -83,6 +83,16 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model computes something else in training than in evaluation mode: dropout, or batch statistics."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "drop" in name)
+        for module in model.modules()
+    )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0: a log-ratio between two noisy passes is noise."""
     for module in model.modules():

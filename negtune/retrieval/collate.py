@@ -24,7 +24,6 @@ class CandidateCollator:
         preprocess: the model's: texts (pairs of texts, for a cross-encoder) to features.
         kind: of the model, see `losses.kind_of`.
         prompts: put before queries (`query`) and documents (`document`), or for a cross-encoder (a text) the pair.
-        max_length: tokens of a text, or None for the model's own.
         in_batch: queries share the documents: say which are known to be relevant to each, see `in_batch`.
         keep_rows: hand the rows themselves on, for a reward function.
         check: called with the rows of each batch.
@@ -33,7 +32,6 @@ class CandidateCollator:
     preprocess: Callable[..., dict[str, Any]]
     kind: str
     prompts: Mapping[str, str] | str | None = None
-    max_length: int | None = None
     in_batch: bool = False
     keep_rows: bool = False
     check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None
@@ -52,24 +50,17 @@ class CandidateCollator:
                 lists[name] = _padded(rows, column)
         if self.kind == "cross_encoder":
             texts = [(row["query"], document) for row in rows for document in row["documents"]]
-            features = [self._features(texts, "pair")]
-            places = iter(range(len(texts)))
-        elif self.in_batch:
-            shared = share_texts(rows)
-            features = [
-                self._features([row["query"] for row in rows], "query"),
-                self._features(shared.texts, "document"),
-            ]
-            places, lists["known"] = iter(shared.places), shared.known
+            features, places = [self._features(texts, "pair")], list(range(len(texts)))
         else:
-            distinct = {text: i for i, text in enumerate(dict.fromkeys(d for row in rows for d in row["documents"]))}
-            features = [
-                self._features([row["query"] for row in rows], "query"),
-                self._features(list(distinct), "document"),
-            ]
-            places = iter([distinct[document] for row in rows for document in row["documents"]])
+            if self.in_batch:
+                shared = share_texts(rows)
+                texts, places, lists["known"] = shared.texts, shared.places, shared.known
+            else:
+                texts, places = distinct_texts([document for row in rows for document in row["documents"]])
+            queries = self._features([row["query"] for row in rows], "query")
+            features = [queries, self._features(texts, "document")]
         documents = torch.zeros_like(mask, dtype=torch.long)
-        documents[mask] = torch.tensor(list(places))
+        documents[mask] = torch.tensor(places)
         lists["left_out"] = sum(row.get(LEFT_OUT, 0) for row in rows)
         batch = {"features": features, "lists": {**lists, "documents": documents}}
         if "row" in rows[0]:
@@ -78,11 +69,14 @@ class CandidateCollator:
 
     def _features(self, texts: list[Any], side: str) -> dict[str, Any]:
         prompt = self.prompts if isinstance(self.prompts, str) else (self.prompts or {}).get(side)
-        more: dict[str, Any] = {} if self.max_length is None else {"max_length": self.max_length}
-        if self.kind == "multi_vector":
-            more["task"] = side
-        features = self.preprocess(texts, prompt=prompt, **more)
-        return {**features, "task": side} if self.kind == "multi_vector" else dict(features)
+        task = {"task": side} if self.kind == "multi_vector" else {}
+        return {**self.preprocess(texts, prompt=prompt, **task), **task}
+
+
+def distinct_texts(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Each once, as it came first; and which of them each one is."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return list(places), [places[text] for text in texts]
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], column: str) -> Tensor:

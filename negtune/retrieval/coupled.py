@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,11 +48,13 @@ class CoupledObjective:
 
     Attributes:
         level: added to scores, for soft labels.
+        weigh: called with the scores, detached, 0 for padding; gives `weights` or `targets`, instead of those passed.
     """
 
     def __init__(self, *, soft: bool) -> None:
         self.soft = soft
         self.level: Level | None = None
+        self.weigh: Callable[[Tensor], Mapping[str, Tensor]] | None = None
 
     def __call__(
         self,
@@ -62,10 +66,22 @@ class CoupledObjective:
         targets: Tensor | None = None,
     ) -> Tensor:
         """Without weights all weigh the same, without targets labels are taken as they are."""
+        if self.weigh is not None:
+            said = self.weigh(scores.detach().masked_fill(~mask, 0.0))
+            weights, targets = said.get("weights"), said.get("targets")
         if not self.soft:
             return weighed_pairs(scores, gains, mask, weights=torch.ones_like(scores) if weights is None else weights)
         shifted = scores if self.level is None else scores + self.level.bias
         return soft_labels(shifted, gains, mask, targets=(gains > 0).to(scores) if targets is None else targets)
+
+    @contextmanager
+    def weighed_by(self, weigh: Callable[[Tensor], Mapping[str, Tensor]]) -> Iterator[None]:
+        """With this `weigh`."""
+        self.weigh = weigh
+        try:
+            yield
+        finally:
+            self.weigh = None
 
 
 class CoupledLoss(RankingLoss):

@@ -47,7 +47,8 @@ def share_texts(rows: Sequence[Mapping[str, Any]]) -> SharedTexts:
     documents = [document for row in rows for document in row["documents"]]
     keys = [text_key(document) for document in documents]
     named = rows[0].get("document_ids") is not None
-    ids = [name for row in rows for name in row["document_ids"]] if named else keys
+    # in a data set they may have been cast back to the numbers that they were
+    ids = [str(name) for row in rows for name in row["document_ids"]] if named else keys
     first, by_id = _first_places(keys, ids)
     column = {place: i for i, place in enumerate(dict.fromkeys(first))}
     places = [column[place] for place in first]
@@ -56,7 +57,7 @@ def share_texts(rows: Sequence[Mapping[str, Any]]) -> SharedTexts:
     for i, row in enumerate(rows):
         for gain, place in zip(row["gains"], rest, strict=False):
             relevant[i, place] = gain > 0
-        found = (by_id.get(name) for name in row.get("known_positives") or ())
+        found = (by_id.get(str(name)) for name in row.get("known_positives") or ())
         relevant[i, [column[place] for place in found if place is not None]] = True
     queries = [text_key(row["query"]) for row in rows]
     return SharedTexts([documents[place] for place in column], places, _of_equal_queries(queries, relevant))
@@ -125,10 +126,11 @@ def pooled(lists: Lists) -> Lists:
     gains.scatter_reduce_(-1, places, lists.gains.float(), "amax")  # of one document that stands twice in a list
     own = torch.zeros(gains.shape, dtype=torch.bool, device=device).scatter_(-1, places, True)[:, :-1]
     gains, present = gains[:, :-1], own.any(0).expand(own.shape)
+    present = present & lists.mask.any(-1, keepdim=True)  # a row that is masked as a whole stays so
     mask = present if lists.known is None else present & ~(lists.known[:, :n_documents] & (gains <= 0))
     everywhere = torch.arange(n_documents, device=device).expand(gains.shape)
     withheld = (present & ~mask).sum(-1)
-    alone = {"teacher": None, "start": None}
+    alone = {"teacher": None, "start": None, "more": {}}
     return replace(lists, gains=gains, mask=mask, documents=everywhere, own=own & mask, withheld=withheld, **alone)
 
 
@@ -141,19 +143,30 @@ def to_columns(rows: Iterable[Mapping[str, Any]], n_negatives: int | None = None
 
     Returns:
         `query`, `positive`, `negative_1`, ..., and `label`: ids, whole numbers from 0, as `split_ids` describes them.
-        What a row lacks is an empty text with the id -1.
+        What a row lacks is its positive once more, with the id -1: a copy is left out, and costs less than a sampler
+        without duplicates that sees the same empty text in many rows.
+
+    Raises:
+        RowError: no row has a relevant document.
     """
+    if n_negatives is not None and n_negatives < 0:
+        raise ValueError(f"n_negatives must not be negative, got {n_negatives}")
     numbers: dict[str, int] = {}
+    texts: dict[int, str] = {}  # as they came first: other white space may be other tokens
     records, width = [], 0
+
+    def number(name: str) -> int:
+        return numbers.setdefault(name, len(numbers))
+
     for row in rows:
         named = row.get("document_ids") is not None
         names = [str(name) for name in row["document_ids"]] if named else [text_key(d) for d in row["documents"]]
         sides: tuple[list, list] = ([], [])
         for name, document, gain in zip(names, row["documents"], row["gains"], strict=True):
-            sides[gain > 0].append((numbers.setdefault(name, len(numbers)), document))
+            sides[gain > 0].append((number(name), texts.setdefault(number(name), document)))
         negatives, positives = sides
         more = [str(name) if named else text_key(name) for name in row.get("known_positives") or ()]
-        known = dict.fromkeys([id_ for id_, _ in positives] + [numbers.setdefault(n, len(numbers)) for n in more])
+        known = dict.fromkeys([id_ for id_, _ in positives] + [number(name) for name in more])
         records += [(row["query"], positive, negatives, list(known)) for positive in positives]
         width = max(width, len(negatives))
     if not records:
@@ -162,11 +175,11 @@ def to_columns(rows: Iterable[Mapping[str, Any]], n_negatives: int | None = None
     most = max(len(known) for *_, known in records)
     found = []
     for query, positive, negatives, known in records:
-        documents = [positive, *negatives[:width], *[(-1, "")] * (width - len(negatives))]
+        documents = [positive, *negatives[:width], *[(-1, positive[1])] * (width - len(negatives))]
         names = ["positive", *(f"negative_{i}" for i in range(1, width + 1))]
-        texts = {name: text for name, (_, text) in zip(names, documents, strict=True)}
+        columns = {name: text for name, (_, text) in zip(names, documents, strict=True)}
         label = [*(id_ for id_, _ in documents), *known, *[-1] * (most - len(known))]
-        found.append({"query": query, **texts, "label": label})
+        found.append({"query": query, **columns, "label": label})
     return found
 
 
@@ -179,7 +192,7 @@ def _first_places(keys: Sequence[Hashable], ids: Sequence[Any]) -> tuple[list[in
         if id_ is not None and by_id.setdefault(id_, place) != place:
             raise RowError(
                 f"in one batch, document {id_} has two texts; an id must be that of a document in the whole set, and "
-                "not its place in a list"
+                "not its place in a list, and prompts must be the same for all columns of documents"
             )
     return first, by_id
 
@@ -192,19 +205,19 @@ def _of_equal_queries(queries: Sequence[Hashable], relevant: Tensor) -> Tensor:
     return union[same] > 0
 
 
-def _token_keys(features: Mapping[str, Any]) -> list[tuple[int, ...]] | None:
-    """Tokens of each text; None where they are laid out in another way."""
+def _token_keys(features: Mapping[str, Any]) -> list[bytes] | None:
+    """Tokens of each text, as bytes; None where they are laid out in another way."""
     ids, mask, offsets = (features.get(name) for name in ("input_ids", "attention_mask", "offsets"))
     if not isinstance(ids, Tensor):
         return None
     if ids.ndim == 1 and isinstance(offsets, Tensor):
         ends = [*offsets.tolist()[1:], len(ids)]
-        tokens = ids.tolist()
-        return [tuple(tokens[start:end]) for start, end in zip(offsets.tolist(), ends, strict=True)]
+        tokens = ids.cpu().numpy()
+        return [tokens[start:end].tobytes() for start, end in zip(offsets.tolist(), ends, strict=True)]
     if ids.ndim != 2 or not isinstance(mask, Tensor) or set(features) & IMAGES:
         return None
-    kept = zip(ids.tolist(), mask.bool().tolist(), strict=True)
-    return [tuple(token for token, keep in zip(*row, strict=True) if keep) for row in kept]
+    kept = zip(ids.cpu().numpy(), mask.bool().cpu().numpy(), strict=True)
+    return [tokens[keep].tobytes() for tokens, keep in kept]
 
 
 IMAGES = {"pixel_values", "pixel_values_videos", "input_features"}

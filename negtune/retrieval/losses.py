@@ -292,7 +292,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
         queries, documents = (at_least_float32(torch.cat(part)) for part in parts)
         if self.cosine:
             queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
-        if lists.documents.shape[-1] >= len(documents):
+        if lists.own is not None or lists.documents.shape[-1] >= len(documents):  # a gather would copy vectors
             return (queries @ documents.T).gather(-1, lists.documents) * self.scale
         return torch.einsum("bh,bdh->bd", queries, documents[lists.documents]) * self.scale
 

@@ -207,27 +207,28 @@ def read_lists(path: str | Path) -> list[CandidateList]:
 
 
 def to_rows(
-    lists: Iterable[CandidateList], *, task: RetrievalTask | None = None, selected_by: str | None = None
+    lists: Mined | Iterable[CandidateList], *, task: RetrievalTask | None = None, selected_by: str | None = None
 ) -> list[dict[str, Any]]:
     """Rows to train on, as `data.candidates` describes and checks them.
 
     Args:
-        lists: from `mine`.
-        task: gives each row `known_positives`: all relevant documents of the query, also those in no list, and
-            documents with their text. Where documents of a batch are shared, those are no negatives.
+        lists: from `mine` and the steps behind it.
+        task: gives each row `known_positives`, which are no negatives where documents of a batch are shared: all
+            relevant documents of the query, also those in no list, but for what a judge has found irrelevant; of a
+            `Mined` also what a rule or a judge took out; and documents with the text of any of these.
         selected_by: name of the retriever whose ranks become `selection_ranks`. Default: none.
 
     Raises:
-        ValueError: a list was not mined with that retriever.
+        ValueError: a list was not mined with that retriever, or is of a query or a document that the task lacks.
     """
     names = ("query_id", "query", "document_ids", "documents", "gains", "judged", "ideal_gains")
     twins = {} if task is None else {d: group for group in duplicate_documents(task) for d in group}
+    dropped, lists = (lists.dropped, lists.lists) if isinstance(lists, Mined) else ({}, lists)
     rows = []
     for one in lists:
         row = {name: getattr(one, name) for name in names}
         if task is not None:
-            relevant = task.positives(one.query_id)
-            row["known_positives"] = list(dict.fromkeys(twin for d in relevant for twin in twins.get(d, [d])))
+            row["known_positives"] = _known_positives(one, task, twins, dropped.get(one.query_id, ()))
         if selected_by is not None:
             if selected_by not in one.ranks:
                 raise ValueError(
@@ -237,6 +238,18 @@ def to_rows(
             row |= {"selection_retriever": selected_by, "selection_ranks": one.ranks[selected_by]}
         rows.append(row)
     return rows
+
+
+def _known_positives(
+    one: CandidateList, task: RetrievalTask, twins: Mapping[str, Sequence[str]], dropped: Iterable[str]
+) -> list[str]:
+    if one.query_id not in task.queries:
+        raise ValueError(f"the task lacks query {one.query_id} of the lists; give the task they were mined for")
+    listed = dict(zip(one.document_ids, one.gains, strict=True))
+    relevant = [d for d in task.positives(one.query_id) if listed.get(d, 1.0) > 0]
+    relevant += [d for d, gain in listed.items() if gain > 0]
+    known = dict.fromkeys(twin for d in [*relevant, *dropped] for twin in twins.get(d, [d]))
+    return [d for d in known if listed.get(d, 1.0) > 0]
 
 
 Hits = dict[int, tuple[int, float]]

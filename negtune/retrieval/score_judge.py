@@ -18,7 +18,6 @@ from torch import nn
 
 from negtune.metrics.verification import Rate, wilson
 from negtune.models.reference import weights_hash
-from negtune.retrieval.evaluation import scorer
 from negtune.retrieval.mining import CandidateList
 
 PairScore = Callable[[list[tuple[str, str]]], Sequence[float | None]]
@@ -71,11 +70,14 @@ class ScoreJudge:
     def __init__(
         self, ranker: nn.Module | PairScore, thresholds: Thresholds, *, model: str, batch_size: int = 16
     ) -> None:
-        self.thresholds = thresholds
-        self.score = scorer(ranker, batch_size) if isinstance(ranker, nn.Module) else ranker
+        self.thresholds, self.model = thresholds, model
         self.asked = self.unscored = 0
-        self._weights = ranker_digest(ranker) if isinstance(ranker, nn.Module) else "function"
-        self.model = model
+        if isinstance(ranker, nn.Module):
+            from negtune.retrieval.evaluation import scorer  # needs sentence-transformers, a function does not
+
+            self.score, self._weights = scorer(ranker, batch_size), ranker_digest(ranker)
+        else:
+            self.score, self._weights = ranker, "function"
 
     @property
     def name(self) -> str:

@@ -1,19 +1,20 @@
 """CET: train a model of relevance and a model of selection on candidate lists, each weighing the other's documents.
 
 Before every optimiser step both models score all lists of the step, in eval mode. From those scores come the weights
-(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. They share the
-optimiser, but neither gradients nor their clipping.
+(with `em` the targets) of all its micro-batches, over all processes; then both models take the step. Where a step is
+one micro-batch and neither model has dropout, the scores of the step are the same ones, and nothing is scored twice.
+The models share the optimiser, but neither gradients nor their clipping.
 
 Shapes: B queries of a batch, D documents of the longest list, F features.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,39 +24,62 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from negtune._st_compat import BaseTrainer
+from negtune.data.candidates import candidate_rows
 from negtune.losses.debiased import (
     cet_weights,
+    expected_gains,
     matching_level,
     pair_means,
     relevance_targets,
     selection_targets,
 )
 from negtune.losses.ranking import sides
-from negtune.models.policy import disable_dropout
-from negtune.retrieval.collate import prompts_of
+from negtune.models.policy import has_dropout
+from negtune.retrieval.collate import CandidateCollator, prompts_of
 from negtune.retrieval.coupled import CoupledLoss, CoupledObjective, Level
-from negtune.retrieval.losses import Lists, NonFiniteScoresError, RankingLoss, kind_of
+from negtune.retrieval.losses import Lists
 from negtune.retrieval.rankers import load_ranker
-from negtune.retrieval.selection import FeatureSelection, ProvenanceCollator
+from negtune.retrieval.selection import FeatureSelection
 from negtune.trainers.coupled_config import KNOWN, LEVELLED
 from negtune.trainers.coupled_config import CoupledConfig as CoupledConfig
-from negtune.trainers.progress import MetricSums
-from negtune.trainers.ranking import RankingTrainer, _lists
-from negtune.trainers.steps import stop_if_not_finite
+from negtune.trainers.coupled_selection import CoupledWarning as CoupledWarning
+from negtune.trainers.coupled_selection import selection_loss, selection_model, with_provenance
+from negtune.trainers.list_training import (
+    FIRST,
+    LAST,
+    SCORES,
+    CheckedRows,
+    add_card,
+    add_metrics,
+    evaluated_loss,
+    evaluating,
+    finite_loss,
+    last_batches_kept,
+    list_callbacks,
+    list_loss,
+    lists_of,
+    scores_of,
+    show_progress,
+    tell_counted,
+    train_loader,
+)
+from negtune.trainers.progress import Columns, MetricSums
+from negtune.trainers.ranker_setup import checked_room, set_up_ranker
+from negtune.trainers.steps import has_ended
 
 FIRST_LISTS = 64
 """Of the train set: their scores and labels decide the first level of relevance."""
-MOST_LISTS = 10_000
-"""Of the train set, spread over it: their features are what is standardised by."""
 SELECTION, LEVEL = "selection", "level.safetensors"
 """In a checkpoint: folder of the selection model, file of the level."""
+WEIGHTS: Columns = (
+    ("weight/negative_p10", "w- p10", "{:.2f}"),
+    ("weight/negative_p90", "w- p90", "{:.2f}"),
+    ("selection/loss", "selection", "{:.4f}"),
+)
 
 
-class CoupledWarning(UserWarning):
-    """Nothing tells relevance from selection."""
-
-
-class CoupledTrainer(RankingTrainer):
+class CoupledTrainer(BaseTrainer):
     """CET: train a ranker on labels that only a pool of selected documents could get.
 
     As `RankingTrainer`, beside a model of which documents were selected for judging. `args.mode` says what the two make
@@ -84,8 +108,8 @@ class CoupledTrainer(RankingTrainer):
     """
 
     training_args_class = CoupledConfig
-    ranking_loss = CoupledLoss
-    reads_provenance = True
+    loss_is_scaled_for_ga = False
+    step_is_empty = False
 
     def __init__(
         self,
@@ -99,120 +123,71 @@ class CoupledTrainer(RankingTrainer):
         selection: str | os.PathLike | nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        args = args if args is not None else CoupledConfig(output_dir="trainer_output")
+        args = copy.copy(args) if args is not None else CoupledConfig(output_dir="trainer_output")
         if not isinstance(args, CoupledConfig):
             raise ValueError(f"CoupledTrainer takes a CoupledConfig, got {type(args).__name__}")
+        self.checked_rows = CheckedRows(candidate_rows, provenance=True, in_memory=args.redact)
+        train = None if train_dataset is None else self.checked_rows(train_dataset, "train")
+        evaluated = self.checked_rows.each(eval_dataset)
+        model = set_up_ranker(model, args, peft_config)
+        room = checked_room(model, train, evaluated)
         objective = CoupledObjective(soft=args.mode == "em")
+        loss = CoupledLoss(
+            model,
+            "rank_net",
+            scale=args.scale,
+            mini_batch_size=args.mini_batch_size,
+            mini_batch_num_tokens=args.mini_batch_num_tokens,
+            objective=objective,
+        )
+        prompts = prompts_of(model, loss.kind)
+        self.collate = CandidateCollator(model.preprocess, loss.kind, prompts=prompts, check=room)
+        self.metric_sums, self.evaluated_rows = MetricSums(), set()
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=train,
+            eval_dataset=evaluated,
+            loss=loss,
             evaluator=evaluator,
+            data_collator=self.collate,
             processing_class=processing_class,
-            peft_config=peft_config,
-            objective=objective,
-            callbacks=[_BeforeStep(lambda: self), *(callbacks or [])],
+            callbacks=[*list_callbacks(self, args), _BeforeStep(lambda: self), *(callbacks or [])],
         )
+        self.model_accepts_loss_kwargs = False  # what transformers below 5.19 reads for loss_is_scaled_for_ga
+        show_progress(self, (*FIRST, *SCORES, *WEIGHTS, *LAST))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("there is a second model here, of which DeepSpeed and FSDP do not know; train with DDP")
-        self._coupled = MetricSums()
-        self.selection = self._selection_of(selection)
-        self.selection_loss = None if self.selection is None else self._loss_of_selection()
-        self.level = Level(self._first_level()).to(args.device) if args.mode in LEVELLED else None
-        objective.level = self.level
-        self._with_provenance = ProvenanceCollator(self.collate, self.selection, self._prompts_of_selection())
+        self.selection = selection_model(selection, self.model, self.train_dataset, args)
+        # an attribute of the trainer: the host puts the ranker into whatever `model` it finds inside `loss`
+        self.selection_loss = None if self.selection is None else selection_loss(self.selection, args)
+        self._collate_train = with_provenance(self.collate, self.selection)
+        self.level = objective.level = Level(self._first_level()).to(args.device) if args.mode in LEVELLED else None
+        several = [self.model] if self.selection is None else [self.model, self.selection]
+        self._draws = any(has_dropout(one) for one in several)
 
-    # --- the selection model ------------------------------------------------------------------------------------------
+    def get_train_dataloader(self) -> Any:
+        plain, self.data_collator = self.data_collator, self._collate_train
+        try:
+            return train_loader(self, super().get_train_dataloader)
+        finally:
+            self.data_collator = plain
 
-    def _selection_of(self, given: Any) -> nn.Module | None:
-        """Ready to train; None where selection is known."""
-        mode, rows = self.args.mode, self.train_dataset
-        if rows is None and given is None:
-            return None  # to evaluate
-        columns = () if rows is None else tuple(rows.column_names or ())
-        featured, known = ("selection_features" in columns, "selection_propensity" in columns)
-        if mode in KNOWN and rows is not None and not known:
-            raise ValueError(
-                f"mode {mode} needs rows with selection_propensity, the probability of each document to be selected; "
-                "without it take mode em with selection_features"
-            )
-        if given is not None and (known or mode in KNOWN):
-            raise ValueError("selection is known by selection_propensity: leave the selection model out, or the column")
-        if known and (mode in KNOWN or not featured):
-            return None
-        if known:
-            raise ValueError("rows have selection_features and selection_propensity; leave one of the two out")
-        if given is None and not featured:
-            raise ValueError(
-                f"mode {mode} needs a model of selection: give rows selection_features (of mined lists: "
-                "negtune.retrieval.selection.provenance), or a cross-encoder as selection, as published"
-            )
-        if given is None:
-            given = self._of_features(rows)
-        elif isinstance(given, str | os.PathLike):
-            given = load_ranker(given, "cross_encoder")
-        self._check_selection(given, rows, featured)
-        if self.args.disable_dropout:
-            disable_dropout(given)
-        return given.to(self.args.device)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with last_batches_kept(self.args):
+            return super().get_eval_dataloader(eval_dataset)
 
-    def _of_features(self, rows: Any) -> FeatureSelection:
-        if not hasattr(rows, "__len__"):
-            raise ValueError(
-                "the features of a stream cannot be standardised before it is read; pass "
-                "selection=FeatureSelection(n).standardise(features) with features of some documents"
-            )
-        apart = -(-len(rows) // MOST_LISTS)
-        lists = rows.select(range(0, len(rows), apart))["selection_features"]
-        features = torch.tensor([document for one in lists for document in one], dtype=torch.float64)
-        model = FeatureSelection(features.shape[-1], self.args.selection_hidden, self.args.seed)
-        return model.standardise(features)
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        add_card(self, super().add_model_card_callback, default_args_dict)
 
-    def _check_selection(self, selection: Any, rows: Any, featured: bool) -> None:
-        if isinstance(selection, FeatureSelection):
-            if rows is not None and not featured:
-                raise ValueError("a FeatureSelection reads selection_features, which the rows do not have")
-            if rows is not None:
-                selection.preprocess(next(iter(rows))["selection_features"])
-            return
-        if kind_of(selection) != "cross_encoder":
-            raise ValueError(f"selection must be a cross-encoder or a FeatureSelection, got {type(selection).__name__}")
-        if featured:
-            raise ValueError(
-                "rows have selection_features, which a cross-encoder does not read; leave selection out, or the column"
-            )
-        ours = {id(p) for p in self.model.parameters()}
-        if any(id(p) in ours for p in selection.parameters()):
-            raise ValueError("the two models share parameters; load the selection model a second time")
-        selection.model_card_data.local_files_only = True  # else the card asks the hub about a folder's name
-        warnings.warn(
-            "both models read the query and the document: labels cannot tell relevance from selection then (the "
-            "coupling is not identified). Give rows selection_features or selection_propensity, and no selection model",
-            CoupledWarning,
-            stacklevel=4,
-        )
-
-    def _loss_of_selection(self) -> RankingLoss:
-        """In an attribute of the trainer: the host puts the ranker into whatever `model` it finds inside `loss`."""
-        text = not isinstance(self.selection, FeatureSelection)
-        if text and self.args.gradient_checkpointing:
-            self.selection.gradient_checkpointing_enable()
-        sizes = ("mini_batch_size", "mini_batch_num_tokens") if text else ()
-        objective = CoupledObjective(soft=self.args.mode != "official")
-        return RankingLoss(
-            self.selection, "rank_net", objective=objective, **{name: getattr(self.args, name) for name in sizes}
-        )
-
-    def _prompts_of_selection(self) -> Any:
-        text = self.selection is not None and not isinstance(self.selection, FeatureSelection)
-        return prompts_of(self.selection, "cross_encoder") if text else None
+    def get_default_loss(self, model: nn.Module) -> nn.Module:
+        raise AssertionError("the loss is always given")
 
     def _first_level(self) -> float:
         if self.train_dataset is None:
             return 0.0
         rows = list(itertools.islice(self.train_dataset, FIRST_LISTS))
-        scores = torch.tensor([score for row in self._scores_of(rows) for score in row])
+        scores = torch.tensor([score for row in scores_of(self, rows) for score in row])
         labels = [gain > 0 for row in rows for gain in row["gains"]]
         share = (sum(labels) + 0.5) / (len(labels) + 1)  # neither 0 nor 1
         return matching_level(scores, share)
@@ -243,30 +218,58 @@ class CoupledTrainer(RankingTrainer):
                 )
         return optimizer
 
-    def get_train_dataloader(self) -> Any:
-        plain, self.data_collator = self.data_collator, self._with_provenance
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """All micro-batches of one optimiser step, with what their documents weigh."""
+        if has_ended(self):
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
+        tell_counted(self, batches)
+        if len(batches) == 1 and not self._draws:
+            batches[0]["coupled"] = None  # weighed within the step
+        elif batches:
+            batches = [self._prepare_inputs(batch) for batch in batches]
             with self._as_searched():
-                found = [self._opinions(self._prepare_inputs(batch)) for batch in batches]
-            self._move_level([opinion.pop("level") for opinion in found])
-            for side in ("relevance", "selection"):
-                if self.args.normalizes and "weights" in found[0].get(side, {}):
-                    self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
-            for batch, opinion in zip(batches, found, strict=True):
-                batch["lists"]["more"] = opinion.pop("relevance")
-                batch["coupled"] = opinion
-                self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+                scores = [self.loss.scores(batch["features"], lists_of(batch)) for batch in batches]
+                logits = [self._selection_logits(batch["provenance"], lists_of(batch)) for batch in batches]
+            self._weigh(batches, scores, logits)
         return batches, items
+
+    @torch.no_grad()
+    def _weigh(self, batches: Sequence[dict], scores: Sequence[Tensor], selection: Sequence[Tensor | None]) -> None:
+        """Tell the micro-batches of a step what their documents weigh."""
+        found = [self._opinions(*one) for one in zip(batches, scores, selection, strict=True)]
+        self._move_level([opinion.pop("level") for opinion in found])
+        for side in ("relevance", "selection"):
+            if self.args.normalizes and "weights" in found[0].get(side, {}):
+                self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
+        for batch, opinion in zip(batches, found, strict=True):
+            batch["lists"]["more"] = opinion.pop("relevance")
+            batch["coupled"] = opinion
+            self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+
+    @contextmanager
+    def _weighed_within(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Weights are those of the scores that the losses are made of: a micro-batch that is a whole step."""
+
+        def weigh(scores: Tensor) -> Mapping[str, Tensor]:
+            with self.compute_loss_context_manager():
+                if self.selection_loss is None:
+                    self._weigh([inputs], [scores], [self._selection_logits(inputs["provenance"], lists_of(inputs))])
+                    return inputs["lists"]["more"]
+
+                def weigh_selection(logits: Tensor) -> Mapping[str, Tensor]:
+                    self._weigh([inputs], [scores], [logits])
+                    return inputs["coupled"]["selection"]
+
+                with self.selection_loss.objective.weighed_by(weigh_selection):
+                    loss = self._loss_beside(inputs)
+            inputs["coupled"]["loss"] = loss
+            return inputs["lists"]["more"]
+
+        with self.loss.objective.weighed_by(weigh):
+            yield
 
     @contextmanager
     def _as_searched(self) -> Iterator[None]:
@@ -284,13 +287,11 @@ class CoupledTrainer(RankingTrainer):
             for module in both:
                 module.train(training)
 
-    def _opinions(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _opinions(self, batch: Mapping[str, Any], scores: Tensor, selection: Tensor | None) -> dict[str, Any]:
         """`relevance` and `selection`: what their objectives take; `level`: what moves it."""
-        lists, provenance, args = _lists(batch), batch["provenance"], self.args
-        scores = self.loss.scores(batch["features"], lists)
+        lists, provenance, args = lists_of(batch), batch["provenance"], self.args
         gains, mask, judged = lists.gains, lists.mask, provenance["judged"]
         relevance = scores if self.level is None else scores + self.level.bias
-        selection = self._selection_logits(provenance, lists)
         labels, seen = (gains > 0).to(scores), ((gains > 0) | judged).to(scores)
         uniform = self.state.global_step < args.uniform_steps
         hoped = labels if uniform or selection is None else relevance_targets(gains, judged, relevance, selection)
@@ -339,24 +340,23 @@ class CoupledTrainer(RankingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the losses of all that is trained; none has a gradient in what is another's."""
-        loss = super().compute_loss(model, inputs)
-        if torch.is_grad_enabled() and "coupled" in inputs:
-            self._coupled.add_ratio("relevance/loss", float(loss.detach()), 1)
+        trains = torch.is_grad_enabled() and "coupled" in inputs
+        with self._weighed_within(inputs) if trains and inputs["coupled"] is None else nullcontext():
+            loss = list_loss(self, model, inputs)
+        if trains:
+            self.metric_sums.add_ratio("relevance/loss", float(loss.detach()), 1)
             if self.selection_loss is not None:
-                own = self._loss_beside(inputs)
-                self._coupled.add_ratio("selection/loss", float(own.detach()), 1)
+                own = inputs["coupled"].pop("loss", None)
+                own = self._loss_beside(inputs) if own is None else own
+                self.metric_sums.add_ratio("selection/loss", float(own.detach()), 1)
                 loss = loss + own.to(loss)
         return (loss, {}) if return_outputs else loss
 
     def _loss_beside(self, inputs: Mapping[str, Any]) -> Tensor:
-        lists, provenance = _of_selection(_lists(inputs), inputs["provenance"]), inputs["provenance"]
+        lists = _of_selection(lists_of(inputs), inputs["provenance"])
+        lists = replace(lists, more={} if inputs["coupled"] is None else inputs["coupled"]["selection"])
         self.selection_loss.train()
-        try:
-            loss = self.selection_loss(provenance["features"], replace(lists, more=inputs["coupled"]["selection"]))
-        except NonFiniteScoresError:
-            loss = torch.tensor(float("nan"))
-        stop_if_not_finite(self, loss, {}, {"queries": inputs["rows"].tolist()})
-        return loss
+        return finite_loss(self, self.selection_loss, inputs["provenance"]["features"], lists, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -376,7 +376,41 @@ class CoupledTrainer(RankingTrainer):
                 parameter.grad = None
             return
         norm = nn.utils.clip_grad_norm_(self.selection.parameters(), self.args.max_grad_norm or float("inf"))
-        self._coupled.add_ratio("selection/grad_norm", float(norm), 1)
+        self.metric_sums.add_ratio("selection/grad_norm", float(norm), 1)
+
+    # --- what others learn of it --------------------------------------------------------------------------------------
+
+    def expected_rows(self, rows: Any) -> list[dict[str, Any]]:
+        """Rows in which a document that nobody judged has the probability that it is relevant as its gain, by both
+        models as they are now: for any objective over lists (`losses.debiased.expected_gains`). PG-RANK is then
+        rewarded with the expected metric over what labels leave open.
+
+        Train another model on them: one that is rewarded with its own opinion confirms itself. Queries without a label
+        are left out, and so are `ideal_gains`.
+
+        Args:
+            rows: with what training rows have.
+
+        Raises:
+            ValueError: this mode gives no probabilities.
+            RowError: rows that cannot be trained on.
+        """
+        if self.level is None:
+            raise ValueError(f"mode {self.args.mode} gives no probabilities of relevance; train with mode em")
+        checked, found = self.checked_rows(rows, "expected"), []
+        given, size = (rows if hasattr(rows, "__getitem__") else list(rows)), self.args.per_device_eval_batch_size
+        for start in range(0, len(checked), size):
+            part = [checked[i] for i in range(start, min(start + size, len(checked)))]
+            batch = self._prepare_inputs(self._collate_train(part))
+            lists = lists_of(batch)
+            with self._as_searched():
+                relevance = self.loss.scores(batch["features"], lists) + self.level.bias
+                selection = self._selection_logits(batch["provenance"], lists)
+            gains = expected_gains(lists.gains, batch["provenance"]["judged"], relevance, selection)
+            for row, values, keep in zip(part, gains, lists.mask, strict=True):
+                columns = {name: value for name, value in given[row["row"]].items() if name != "ideal_gains"}
+                found.append({**columns, "gains": values[keep].tolist()})
+        return found
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -403,16 +437,30 @@ class CoupledTrainer(RankingTrainer):
 
     # --- what a person sees -------------------------------------------------------------------------------------------
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `RankingTrainer.evaluate`: nothing is weighed."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self.checked_rows.each(eval_dataset)
+        with evaluating(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        return evaluated_loss(self, model, inputs), None, None
+
     def _watch_weights(self, lists: Mapping[str, Any], judged: Tensor) -> None:
         """`weight/positive`, `weight/negative` and quantiles, `hidden/probability` of what nobody judged."""
         relevant, irrelevant = sides(lists["gains"], lists["mask"])
         relevant, irrelevant, judged = (t.to(self.args.device) for t in (relevant, irrelevant, judged))
         if "targets" in lists["more"]:
-            self._coupled.add("hidden/probability", lists["more"]["targets"][irrelevant & ~judged])
+            self.metric_sums.add("hidden/probability", lists["more"]["targets"][irrelevant & ~judged])
             return
-        self._coupled.add("weight/positive", lists["more"]["weights"][relevant])
-        self._coupled.add("weight/negative", lists["more"]["weights"][irrelevant])
-        self._coupled.add_quantiles("weight/negative", lists["more"]["weights"][irrelevant])
+        self.metric_sums.add("weight/positive", lists["more"]["weights"][relevant])
+        self.metric_sums.add("weight/negative", lists["more"]["weights"][irrelevant])
+        self.metric_sums.add_quantiles("weight/negative", lists["more"]["weights"][irrelevant])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the metrics of both models, see `_watch_weights`, and the level."""
@@ -420,10 +468,10 @@ class CoupledTrainer(RankingTrainer):
             if self.selection_loss is not None:
                 for name, (total, count) in self.selection_loss.take_metrics().items():
                     if name in ("positive/score", "negative/score"):
-                        self._coupled.add_ratio(f"selection/{name.replace('/', '_')}", total, count)
-            logs.update(self._coupled.flush())
+                        self.metric_sums.add_ratio(f"selection/{name.replace('/', '_')}", total, count)
             if self.level is not None:
                 logs["level"] = self.level.bias.item()
+        add_metrics(self, logs)
         super().log(logs, start_time)
 
 

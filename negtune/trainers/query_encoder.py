@@ -1,7 +1,6 @@
 """Train queries against a frozen index: each step searches it anew, and only the query side moves (ADORE).
 
-Of the trainers of lists it differs in where lists come from; rows, loss and collator are other ones, the rest is
-`RankingTrainer`: the mean over the queries of an optimiser step, processes, resuming, what is logged.
+Of the trainers of lists it differs in where lists come from; how the loss is reduced: see `list_training`.
 """
 
 from __future__ import annotations
@@ -9,29 +8,50 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from negtune._st_compat import BaseTrainer
 from negtune.data.positives import positive_rows
 from negtune.data.retrieval import RetrievalTask
 from negtune.records import read_json, write_json
+from negtune.retrieval.collate import prompts_of
 from negtune.retrieval.index import ExactIndex
 from negtune.retrieval.query_side import QueryCollator, QueryLoss, check_index, check_lengths, differing_vectors
 from negtune.retrieval.rankers import load_ranker
 from negtune.retrieval.towers import join_towers, query_copy, split_towers
+from negtune.trainers.list_training import (
+    FIRST,
+    LAST,
+    SCORES,
+    CheckedRows,
+    add_card,
+    add_metrics,
+    evaluated_loss,
+    evaluating,
+    last_batches_kept,
+    list_callbacks,
+    list_loss,
+    show_progress,
+    tell_counted,
+    train_loader,
+)
+from negtune.trainers.progress import Columns, MetricSums
 from negtune.trainers.query_encoder_config import QueryEncoderConfig as QueryEncoderConfig
-from negtune.trainers.ranking import PROGRESS, CheckedRows, RankingTrainer
+from negtune.trainers.ranker_setup import set_up_ranker
+from negtune.trainers.steps import has_ended
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE, LISTS_FILE = "index.json", "last_lists_rank{rank}.safetensors"
 TRIED = 8
 """Texts encoded at construction, to see that the model and the index belong together."""
-SEARCHED = (
+SEARCHED: Columns = (
     ("search/mrr", "found, MRR", "{:.3f}"),
     ("search/missed", "missed", "{:.2f}"),
     ("search/changed", "changed", "{:.2f}"),
@@ -42,7 +62,7 @@ class IndexChangedError(RuntimeError):
     """The vectors of the index are not those that training began with."""
 
 
-class QueryEncoderTrainer(RankingTrainer):
+class QueryEncoderTrainer(BaseTrainer):
     """Train the query side of a bi-encoder against an exact index that stays byte by byte as it is.
 
     The model given goes on to encode documents and is left as it is: a copy is trained, or an adapter on one that
@@ -73,9 +93,8 @@ class QueryEncoderTrainer(RankingTrainer):
     """
 
     training_args_class = QueryEncoderConfig
-    collator_class = QueryCollator
-    progress = (*PROGRESS[:2], *SEARCHED, *PROGRESS[2:])
-    wanted = "a RetrievalTask, or rows with query and positives"
+    loss_is_scaled_for_ga = False
+    step_is_empty = False
 
     def __init__(
         self,
@@ -103,35 +122,38 @@ class QueryEncoderTrainer(RankingTrainer):
         check_index(queries, index, args.depth)
         self.fingerprint = index.fingerprint()
         logger.info("index of %d documents, SHA-256 %s", len(index), self.fingerprint)
-        super().__init__(
-            model=query_copy(queries, adapter=peft_config is not None),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            evaluator=evaluator,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            objective=objective,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self._check_vectors(train_dataset)
-        quantised = getattr(self.model.transformers_model, "is_quantized", False)
-        self.saves_both = args.save_document_encoder and not quantised
-        self.add_callback(IndexCallback(self))
-
-    def _row_checks(self, args: Any, objective: Any, reward_fn: Any) -> CheckedRows:
-        places = {document_id: place for place, document_id in enumerate(self.index.ids)}
-        return CheckedRows(positive_rows, places=places, index=self.fingerprint, in_memory=args.redact)
-
-    def _make_loss(self, model: Any, args: Any, objective: Any, reward_fn: Any) -> QueryLoss:
-        return QueryLoss(
+        places = {document_id: place for place, document_id in enumerate(index.ids)}
+        self.checked_rows = CheckedRows(positive_rows, places=places, index=self.fingerprint, in_memory=args.redact)
+        train = None if train_dataset is None else self.checked_rows(train_dataset, "train")
+        evaluated = self.checked_rows.each(eval_dataset)
+        model = set_up_ranker(query_copy(queries, adapter=peft_config is not None), args, peft_config)
+        loss = QueryLoss(
             model,
-            self.index,
+            index,
             args.loss_type,
             **{"depth": args.depth, "rank_by": args.rank_by, "scale": args.scale, "objective": objective},
             **args.objective_settings(),
         )
+        self.collate = QueryCollator(model.preprocess, loss.kind, prompts=prompts_of(model, loss.kind))
+        self.metric_sums, self.evaluated_rows = MetricSums(), set()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluated,
+            loss=loss,
+            evaluator=evaluator,
+            data_collator=self.collate,
+            processing_class=processing_class,
+            callbacks=[*list_callbacks(self, args), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # what transformers below 5.19 reads for loss_is_scaled_for_ga
+        show_progress(self, (*FIRST, *SEARCHED, *SCORES, *LAST))
+        self._check_vectors(train_dataset)
+        quantised = getattr(self.model.transformers_model, "is_quantized", False)
+        self.saves_both = args.save_document_encoder and not quantised
+        self.add_callback(IndexCallback(self))
 
     def _check_vectors(self, train_dataset: Any) -> None:
         """See that the model and the index belong together, by a few texts."""
@@ -147,6 +169,57 @@ class QueryEncoderTrainer(RankingTrainer):
                 "another prompt, or ids in another order? Pass document_model= if another model encodes documents",
                 *(len(others), TRIED, others[0]),
             )
+
+    def get_train_dataloader(self) -> Any:
+        return train_loader(self, super().get_train_dataloader, "a RetrievalTask, or rows with query and positives")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with last_batches_kept(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        add_card(self, super().add_model_card_callback, default_args_dict)
+
+    def get_default_loss(self, model: nn.Module) -> nn.Module:
+        raise AssertionError("the loss is always given")
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """All micro-batches of one optimiser step, each told the number of queries that count in the whole step."""
+        if has_ended(self):
+            return [], None
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tell_counted(self, batches)
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of the objective over the queries of the optimiser step, on the lists that they find."""
+        loss = list_loss(self, model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    # --- what a person sees -------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `RankingTrainer.evaluate`, on the lists that queries find."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self.checked_rows.each(eval_dataset)
+        with evaluating(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        return evaluated_loss(self, model, inputs), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last logging step or during the evaluation, over all processes."""
+        add_metrics(self, logs)
+        super().log(logs, start_time)
 
     # --- saving -------------------------------------------------------------------------------------------------------
 

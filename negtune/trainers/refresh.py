@@ -39,7 +39,7 @@ class RefreshNegatives(TrainerCallback):
     Args:
         trainer: of a bi-encoder.
         task: with the queries of the lists.
-        lists: what the trainer's train set was made of, `to_rows(lists)`.
+        lists: what the trainer's train set was made of, `to_rows(lists)`, or `to_rows(lists, task=task)`.
         every_steps, every_epochs: one of the two.
         retrievers: others whose documents are pooled with the model's, such as BM25; asked again each time.
         batch_size: texts embedded at a time.
@@ -47,7 +47,8 @@ class RefreshNegatives(TrainerCallback):
 
     Raises:
         ValueError: lists that are not the train set's, settings that `mine` does not take, or a trainer that cannot
-            change its lists: of a stream, with workers that load data, or with scores for each document of a row.
+            change its lists: another one than `RankingTrainer`, of a stream, with workers that load data, or with
+            scores for each document of a row.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class RefreshNegatives(TrainerCallback):
 
     def _use(self, lists: list[CandidateList]) -> None:
         self.lists = lists
-        self._rows = self.trainer.checked_rows(to_rows(lists), "mined")
+        named = "known_positives" in self.trainer.train_dataset.column_names
+        self._rows = self.trainer.checked_rows(to_rows(lists, task=self.task if named else None), "mined")
         self._place = {row: place for place, row in enumerate(self._rows["row"])}
 
     def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -216,6 +218,8 @@ class _Current:
 
 
 def _check_trainer(trainer: RankingTrainer) -> None:
+    if not isinstance(trainer, RankingTrainer):
+        raise ValueError(f"only RankingTrainer takes new lists as it runs, got a {type(trainer).__name__}")
     args = trainer.args
     if trainer.loss.kind != "bi_encoder":
         raise ValueError(f"the corpus is searched with a bi-encoder, and this trainer has a {trainer.loss.kind}")

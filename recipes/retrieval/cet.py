@@ -44,6 +44,8 @@ SMOKE = {
     **{"model_name_or_path": "tiny", "max_steps": 4, "n_documents": 10, "logging_steps": 1, "pool_depth": 20},
     **{"per_device_train_batch_size": 4, "eval_steps": 2, "baseline": True, "uniform_steps": 1},
 }
+FEATURES_RATE = 1e-2
+"""Of a model of few features, which the ranker's rate would not move; a second cross-encoder does not survive it."""
 PAPER = {
     "title": "Correcting Pooling Bias in Training Neural Ranking Models",
     "url": "https://arxiv.org/abs/2209.05072",
@@ -71,6 +73,8 @@ def main() -> None:
     searches = args.model_kind in ("auto", "bi_encoder")
     if not given.evaluate_search or not searches:
         args.eval_strategy = IntervalStrategy.NO
+    if args.selection_learning_rate is None and given.selection_model is None:
+        args.selection_learning_rate = FEATURES_RATE
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
     train = split.train if given.pool_depth is None else split.train.pooled(bm25_run(split.train, given.pool_depth))

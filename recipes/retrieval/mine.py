@@ -94,7 +94,7 @@ class MineArguments:
     judge_positives: str = field(default="relabel", metadata={"help": "Found positives: relabel or drop."})
     judge_depth: int | None = field(default=None, metadata={"help": "Judge lists cut to this length; None: whole."})
     pool_depth: int | None = field(
-        default=None, metadata={"help": "Know judgements of BM25's first so many only, and audit by the others."}
+        default=None, metadata={"help": "Know judgements of BM25's first so many only, audit by those behind."}
     )
     audit: int = field(default=200, metadata={"help": "Judged documents that the judge is asked about, too."})
     n_documents: int = field(default=16, metadata={"help": "Of a list."})
@@ -211,6 +211,8 @@ def checked(given: MineArguments) -> tuple[list[Rule], str | SimANS, Any]:
         raise ValueError(f"--n_documents must be at least 2, got {given.n_documents}")
     if given.judge_depth is not None and given.judge_depth < max(given.n_documents, 2):
         raise ValueError(f"--judge_depth {given.judge_depth} is less than the {given.n_documents} of --n_documents")
+    if given.pool_depth is not None and given.pool_depth < 1:
+        raise ValueError(f"--pool_depth must be at least 1, got {given.pool_depth}")
     relative = (AbsoluteMargin, RelativeMargin, PercentOfPositive)
     sizes = (given.absolute_margin, given.relative_margin, given.percent_of_positive)
     rules: list[Rule] = [

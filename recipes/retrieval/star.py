@@ -54,8 +54,13 @@ class StarArguments(TaskArguments):
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
 
 
+@dataclass
+class StarConfig(RankingConfig):
+    loss_type: str = field(default="star", metadata={"help": "star, masked_infonce, or another with in_batch."})
+
+
 def main() -> None:
-    given, args, model_args = parsed(TrlParser((StarArguments, RankingConfig, ModelConfig)), SMOKE)
+    given, args, model_args = parsed(TrlParser((StarArguments, StarConfig, ModelConfig)), SMOKE)
     no_push(args)
     if not args.in_batch or args.model_kind not in ("auto", "bi_encoder"):
         raise ValueError(
@@ -99,7 +104,7 @@ def main() -> None:
             **{"learning_rate": given.warm_learning_rate, "output_dir": str(folder / "warm")},
             **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
         )
-        rows = to_rows(mined(model, split.train, **lengths, bm25=True, dense=False).lists, task=split.train)
+        rows = to_rows(mined(model, split.train, **lengths, bm25=True, dense=False), task=split.train)
         RankingTrainer(model=model, args=warm, train_dataset=rows, peft_config=peft).train()
         peft = None
         add("warm-up")
@@ -111,7 +116,7 @@ def main() -> None:
     trainer = RankingTrainer(
         model=model,
         args=args,
-        train_dataset=to_rows(lists.lists, task=split.train),
+        train_dataset=to_rows(lists, task=split.train),
         evaluator=RetrievalEvaluator(split.test) if given.evaluate_search else None,
         peft_config=peft,
     )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -55,7 +56,7 @@ def test_what_one_row_calls_relevant_is_no_negative_in_another(caplog):
     rows = tuple_rows([("q", "x", "y"), ("q ", "z", "x", "w"), ("r", "y", "x"), ("q", ["z  ", "v"], [0, 0])])
     known = ["x", "z"]
     expected = [row(["x", "y"], [1.0, 0.0], known), row(["z", "w"], [1.0, 0.0], known, "q ")]
-    expected += [row(["y", "x"], [1.0, 0.0], ["y"], "r"), row(["v"], [0.0], known)]
+    expected += [row(["y", "x"], [1.0, 0.0], ["y"], "r")]
     assert rows == expected
     assert "train: 2 negatives are relevant to their query by other rows and are left out" in caplog.text
     assert relevance_map(rows) == {"q": ["x", "z"], "r": ["y"]}
@@ -66,6 +67,12 @@ def test_rows_with_nothing_relevant_are_left_out_and_counted(caplog):
     assert "dev: 1 of 2 rows have nothing relevant and are left out" in caplog.text
     with pytest.raises(RowError, match="no query of dev has a relevant document; give positives, or labels above 0"):
         tuple_rows([("q", ["x"], [0])], name="dev")
+
+
+def test_negatives_that_say_nothing_are_none():
+    assert tuple_rows([("q", "x", None, " ", "x ", "y", "y")]) == [row(["x", "y"], [1.0, 0.0], ["x"])]
+    assert tuple_rows([("q", ["x", "y"], [True, False])]) == [row(["x", "y"], [1.0, 0.0], ["x"])]
+    assert tuple_rows([("q", np.array(["x", "y"]), np.array([1, 0]))]) == [row(["x", "y"], [1.0, 0.0], ["x"])]
 
 
 def test_a_file_holds_objects_or_lists(tmp_path):
@@ -87,8 +94,28 @@ def test_a_file_holds_objects_or_lists(tmp_path):
         ('{"a": "q", "b": "x", "score": 0.5}', "train.jsonl line 2 has (str, str, float); a row is"),
         ('["q", null, "y"]', "train.jsonl line 2 has (str, NoneType, str); a row is"),
         ('["", "x"]', "train.jsonl line 2: query must be a text that is not empty, got ''"),
-        ('["q", "x", " "]', "train.jsonl line 2: document 1 is no text or empty (' ')"),
-        ('["q", "x", "x "]', "train.jsonl line 2: documents 0 and 1 are the same text"),
+        ('["q", ["x", "x "], [1, 0]]', "train.jsonl line 2: documents 0 and 1 are the same text"),
+        (
+            '{"anchor": "q", "negative": "y", "positive": "x"}',
+            "train.jsonl line 2: column 'negative' stands in place 2 of",
+        ),
+        (
+            '{"positive": "x", "query": "q"}',
+            "train.jsonl line 2: column 'positive' stands in place 1 of positive, query;",
+        ),
+        (
+            '{"x": "y", "anchor": "q"}',
+            "train.jsonl line 2: column 'anchor' stands in place 2 of x, anchor; a row is (an",
+        ),
+        ('{"anchor": "q", "text": "y", "positive": "x"}', "train.jsonl line 2: column 'positive' stands in place 3 of"),
+        (
+            '{"qid": "1", "query": "q", "positive": "x"}',
+            "train.jsonl line 2: column 'qid' is no text to train on; remov",
+        ),
+        (
+            '{"query": "q", "pos": ["x"], "neg": ["y"]}',
+            "train.jsonl line 2 has columns query, pos, neg; lists of posit",
+        ),
         ('["q", ["x", "y"], [1]]', "train.jsonl line 2: 2 documents and 1 gains; give one for each document"),
         ('["q", ["x", "y"], [1, -1]]', "train.jsonl line 2: gains must not be negative, got -1 for document 1"),
         ('["q", ["x", 3], [1, 0]]', "train.jsonl line 2: document 1 is no text or empty (3)"),

@@ -259,21 +259,37 @@ def test_masked_infonce_over_lists_is_masked_infonce():
 
 
 def test_star_over_lists_takes_the_mean_over_a_querys_positives():
-    """Query 0 has two positives and 2 negatives, query 1 one of each: 5 pairs, of 3 queries with one positive each."""
-    scores = doubles([1.0, 2.0, 0.5, 9.0, -1.0], [0.0, 3.0, 9.0, 1.0, 9.0])
-    gains = doubles([1, 2, 0, 0, 0], [0, 1, 0, 0, 0])
-    mask = booleans([YES, YES, YES, NO, YES], [NO, YES, NO, YES, NO])
+    """Query 0 has two positives and 2 negatives, query 1 one of each, query 2 nothing relevant: 3 negatives."""
+    scores = doubles([1.0, 2.0, 0.5, 9.0, -1.0], [0.0, 3.0, 9.0, 1.0, 9.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    gains = doubles([1, 2, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0])
+    mask = booleans([YES, YES, YES, NO, YES], [NO, YES, NO, YES, NO], [YES, YES, YES, YES, YES])
 
     def pair(negative, positive):
         return log(1 + exp(negative - positive))
 
-    share = 3 / 5
-    first = share * (pair(0.5, 1) + pair(-1, 1) + pair(0.5, 2) + pair(-1, 2)) / 2
-    torch.testing.assert_close(star_lists(scores, gains, mask), doubles(first, share * pair(1, 3)))
-    own = booleans([YES, YES, YES, NO, NO], [NO, YES, NO, NO, NO])  # 2 own pairs, 3 others
-    static, random = 3 / 2 * (pair(0.5, 1) + pair(0.5, 2)) / 2, 3 / 3 * (pair(-1, 1) + pair(-1, 2)) / 2
-    expected = doubles(static + 0.5 * random, 0.5 * 3 / 3 * pair(1, 3))
+    first = [(pair(0.5, 1) + pair(0.5, 2)) / 2, (pair(-1, 1) + pair(-1, 2)) / 2]
+    queries, negatives = 2, 3
+    share = queries / negatives
+    torch.testing.assert_close(star_lists(scores, gains, mask), doubles(share * sum(first), share * pair(1, 3), 0.0))
+    own = booleans([YES, YES, YES, NO, NO], [NO, YES, NO, NO, NO], [NO, NO, NO, NO, NO])  # 1 own negative, 2 others
+    expected = doubles(queries * first[0] + 0.5 * queries / 2 * first[1], 0.5 * queries / 2 * pair(1, 3), 0.0)
     torch.testing.assert_close(star_lists(scores, gains, mask, own=own, alpha=0.5), expected)
+
+
+@pytest.mark.parametrize(("alpha", "constant"), [(None, 1.0), (1.0, 2.0)])
+@pytest.mark.parametrize("positives", [1, 3, 6])
+def test_star_over_lists_is_a_mean_however_many_positives_a_query_has(positives, alpha, constant):
+    """Where no score differs every pair is log 2, and the other query's positives do not change this one's gradient."""
+    gains = torch.zeros(2, 8, dtype=torch.float64)
+    gains[0, 0], gains[1, -positives:] = 1, 1
+    scores = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)
+    own = torch.zeros(2, 8, dtype=torch.bool)
+    own[0, :2], own[1, 1:] = True, True
+    losses = star_lists(scores, gains, torch.ones_like(own), own=own, alpha=alpha)
+    losses.mean().backward()
+    assert losses.mean().item() == pytest.approx(constant * log(2))
+    if alpha is None:
+        assert scores.grad[0, 0].item() == pytest.approx(-0.5 * 7 / (7 + 8 - positives))
 
 
 def test_star_over_lists_reads_nothing_behind_the_mask():
@@ -376,8 +392,13 @@ def test_adore_over_the_whole_list_is_lambda_rank_over_its_pairs():
     torch.testing.assert_close(ours, theirs / pairs)
     assert (ours > 0).any()
     ours = adore(scores, gains, full(scores), metric="ndcg")
-    theirs = lambda_rank(scores, gains, full(scores), k=None)  # its discounts are float32
-    torch.testing.assert_close(ours, theirs / pairs, atol=1e-6, rtol=1e-6)
+    theirs = lambda_rank(scores, gains, full(scores), k=None)
+    torch.testing.assert_close(ours, theirs / pairs, atol=1e-14, rtol=1e-12)
+    grades = gains.float()
+    for metric in ("mrr", "ndcg"):  # gains of a data set are float32
+        narrow = adore(scores, grades, full(scores), metric=metric, ideal_gains=3 * grades)
+        wide = adore(scores, gains, full(scores), metric=metric, ideal_gains=3 * gains)
+        torch.testing.assert_close(narrow, wide, atol=0, rtol=0)
     # places 1 and never: all weights are 1, which is RankNet
     ranks = torch.where(gains > 0, 1, 10**9)
     even = adore(scores, gains, full(scores), ranks=ranks)

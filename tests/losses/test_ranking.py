@@ -1,5 +1,6 @@
 """Listwise, pairwise and distillation objectives: hand-worked values, limits, sentence-transformers' own, nonsense."""
 
+import itertools
 from functools import partial
 from math import exp, log, log2
 
@@ -9,6 +10,7 @@ import torch
 from negtune.losses.plackett_luce import first_place_kl
 from negtune.losses.ranking import (
     RANKING_LOSSES,
+    SCHEMES,
     infonce,
     kl_distill,
     lambda_rank,
@@ -99,6 +101,47 @@ def test_lambda_rank_by_hand():
     assert both == pytest.approx(10 * tight + over_2 + over_0)
     # k = 1: only the pair with the document that is first
     assert lambda_rank(scores, gains, full(scores), k=1).item() == pytest.approx(over_2)
+
+
+def double_loop(scores, gains, ideal_gains, scheme, k, mu=10.0):
+    """One query of LambdaLoss in Python's numbers, without ties: its value, and its derivative by each score."""
+    places = {d: place for place, d in enumerate(sorted(range(len(scores)), key=lambda d: -scores[d]), 1)}
+    ideal = sum(gain / log2(1 + j) for j, gain in enumerate(sorted(ideal_gains, reverse=True)[:k], 1))
+    value, slopes = 0.0, [0.0] * len(scores)
+    for i, j in itertools.permutations(range(len(scores)), 2):
+        r_i, r_j = places[i], places[j]
+        if gains[i] <= gains[j] or min(r_i, r_j) > k:
+            continue
+        gained, near = abs(gains[i] - gains[j]) / ideal, abs(r_i - r_j)
+        exchanged = gained * abs(1 / log2(1 + r_i) - 1 / log2(1 + r_j))
+        tight = gained * abs(1 / log2(1 + near) - 1 / log2(2 + near))
+        weight = {
+            "lambda_rank": exchanged,
+            "ndcg1": gains[i] / ideal / log2(1 + r_i),
+            "ndcg2": tight,
+            "ndcg2++": mu * tight + exchanged,
+            "mrr": abs(1 / r_i - 1 / r_j),
+        }[scheme]
+        value += weight * log(1 + exp(scores[j] - scores[i]))
+        push = weight / (1 + exp(scores[i] - scores[j]))
+        slopes[i], slopes[j] = slopes[i] - push, slopes[j] + push
+    return value, slopes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_lambda_rank_of_float64_scores_is_exact_whatever_the_gains_are_stored_in(scheme, dtype):
+    scores = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    gains = torch.randint(0, 4, (4, 7)).to(dtype)
+    ideal = torch.cat([gains, torch.full((4, 2), 3, dtype=dtype)], -1)
+    for k in (3, 7):
+        loss = lambda_rank(scores, gains, full(scores), k=k, scheme=scheme, ideal_gains=ideal)
+        (gradient,) = torch.autograd.grad(loss.sum(), scores)
+        by_query = zip(scores.tolist(), gains.tolist(), ideal.tolist(), strict=True)
+        expected = [double_loop(*query, scheme, k) for query in by_query]
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss.detach(), lists(*[value for value, _ in expected]), atol=0, rtol=1e-13)
+        torch.testing.assert_close(gradient, lists(*[slopes for _, slopes in expected]), atol=1e-14, rtol=1e-13)
 
 
 def test_margin_mse_by_hand():

@@ -37,7 +37,7 @@ from negtune.data.completions import collate
 from negtune.models import sharing
 from negtune.models.forward import attach_scoring, completion_hidden, completion_logps, scored_tokens
 from negtune.models.load import load_model
-from negtune.models.policy import disable_dropout, prepare_policy
+from negtune.models.policy import disable_dropout, has_dropout, prepare_policy
 from negtune.models.reference import AdapterReference, FrozenCopy
 from negtune.models.sharing import packed_batch, set_prefix_sharing
 from negtune.models.structure import causal_lm
@@ -396,6 +396,16 @@ def test_disable_dropout_reaches_numbers_that_modules_hold():
     disable_dropout(model)
     ids = torch.arange(5, 20)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_dropout_is_found_wherever_disable_dropout_takes_it_out():
+    held = OPTForCausalLM(OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.3}))
+    for model in (held, nn.Sequential(nn.Dropout(0.1))):
+        assert has_dropout(model)
+        disable_dropout(model)
+        assert not has_dropout(model)
+    assert not has_dropout(tiny_lm())
+    assert has_dropout(nn.BatchNorm1d(2))  # its eval mode is another function, too
 
 
 class DistanceBias(nn.Module):

@@ -122,6 +122,7 @@ def test_what_was_hidden_is_compared_with_what_the_judge_said():
         ({"judge_depth": 8}, "--judge_depth 8 is less than the 16 of --n_documents"),
         ({"judge_engine": "server"}, "--judge_engine server needs --judge_url http://host:port"),
         ({"judge_engine": "tgi"}, "--judge_engine must be hf, vllm or server, got 'tgi'"),
+        ({"pool_depth": 0}, "--pool_depth must be at least 1, got 0"),
         ({"judge_kind": "yes"}, "--judge_kind must be written, causal_lm, cross_encoder, bi_encoder or multi_vector"),
         ({"judge_kind": "causal_lm"}, "--judge_kind causal_lm needs --judge, the model that scores"),
         (

@@ -126,6 +126,8 @@ def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
     lists = read_lists(tmp_path / "candidates.jsonl")
     ranks = [r for one in lists for r, known in zip(one.ranks["bm25"], one.judged, strict=True) if known]
     assert max(ranks) <= 20, "nothing else was judged"
+    arguments = json.loads((tmp_path / "run.json").read_text())["arguments"]
+    assert arguments["selection_learning_rate"] == 1e-2, "of features"
 
 
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.nn.functional import softplus
 
+from negtune.data.candidates import candidate_rows
 from negtune.data.completions import RowError
 from negtune.losses.ranking import RANKING_LOSSES
 from negtune.retrieval.collate import CandidateCollator
@@ -32,7 +33,7 @@ def judged_rows(seed=0, *, ids=True):
         own = draw.sample(sorted(CORPUS), 5 - i % 2)
         if {"d0", "twin"} <= set(own):
             own.remove("twin")
-        known = draw.sample(sorted(set(CORPUS) - set(own[2:]) - {"d0", "twin"}), 3)
+        known = own[:2] + draw.sample(sorted(set(CORPUS) - set(own) - {"d0", "twin"}), 3)
         gains = [2.0, 1.0, *[0.0] * (len(own) - 2)]
         order = draw.sample(range(len(own)), len(own))
         made.append(
@@ -234,21 +235,69 @@ def test_columns_of_rows_hold_ids_and_padding():
             "documents": ["a", "b"],
             "gains": [1.0, 0.0],
             "document_ids": ["A", "B"],
-            "known_positives": ["C"],
+            "known_positives": ["A", "C"],
         },
         {"query": "q", "documents": ["c", "a", "d"], "gains": [1.0, 0.0, 2.0], "document_ids": ["C", "A", "D"]},
         {"query": "r", "documents": ["a", "b", "c"], "gains": [0.0, 0.0, 1.0], "document_ids": ["A", "B", "C"]},
     ]
-    made[0]["known_positives"] = ["C"]
     assert to_columns(made) == [
-        {"query": "p", "positive": "a", "negative_1": "b", "negative_2": "", "label": [0, 1, -1, 0, 2]},
-        {"query": "q", "positive": "c", "negative_1": "a", "negative_2": "", "label": [2, 0, -1, 2, 3]},
-        {"query": "q", "positive": "d", "negative_1": "a", "negative_2": "", "label": [3, 0, -1, 2, 3]},
+        {"query": "p", "positive": "a", "negative_1": "b", "negative_2": "a", "label": [0, 1, -1, 0, 2]},
+        {"query": "q", "positive": "c", "negative_1": "a", "negative_2": "c", "label": [2, 0, -1, 2, 3]},
+        {"query": "q", "positive": "d", "negative_1": "a", "negative_2": "d", "label": [3, 0, -1, 2, 3]},
         {"query": "r", "positive": "c", "negative_1": "a", "negative_2": "b", "label": [2, 0, 1, 2, -1]},
     ]
     assert next(row["label"] for row in to_columns(made, n_negatives=0)) == [0, 0, 2]
     with pytest.raises(RowError, match="no query has a relevant document"):
         to_columns([{**made[0], "gains": [0.0, 0.0]}])
+
+
+def test_columns_have_one_text_for_each_id():
+    """Other white space may be other tokens, and one id with two texts is refused in a batch."""
+    made = [{"query": q, "documents": ["a  b", f"n{q}"], "gains": [1.0, 0.0]} for q in "pq"]
+    made[1]["documents"][0] = "a b"
+    assert [row["positive"] for row in to_columns(made)] == ["a  b", "a  b"]
+    with pytest.raises(ValueError, match="n_negatives must not be negative, got -1"):
+        to_columns(made, n_negatives=-1)
+
+
+@pytest.mark.parametrize(("ids", "known"), [(int, str), (str, int), (int, int)])
+def test_ids_are_the_same_whatever_their_type(ids, known):
+    """`Dataset.map` casts a column back to the type that it had."""
+    made = [
+        {"query": "p", "documents": ["a", "b"], "gains": [1, 0], "document_ids": [1, 2], "known_positives": [1, 3]},
+        {"query": "q", "documents": ["c", "b"], "gains": [1, 0], "document_ids": [3, 2], "known_positives": [3]},
+    ]
+    for row in made:
+        row["document_ids"] = [ids(name) for name in row["document_ids"]]
+        row["known_positives"] = [known(name) for name in row["known_positives"]]
+    checked = candidate_rows(Dataset.from_list(made), in_batch=True)
+    model = static_encoder()
+    lists = CandidateCollator(model.preprocess, "bi_encoder", in_batch=True)(list(checked))["lists"]
+    assert pooled(Lists(**lists)).withheld.tolist() == [1, 0]
+
+
+def test_a_row_that_is_masked_as_a_whole_has_no_candidates():
+    model = static_encoder()
+    lists = CandidateCollator(model.preprocess, "bi_encoder", in_batch=True)(judged_rows())["lists"]
+    lists["mask"][-1] = False
+    found = pooled(Lists(**lists))
+    assert not found.mask[-1].any()
+    assert found.mask[:-1].any(-1).all()
+    assert found.withheld[-1] == 0
+
+
+def test_padding_in_the_last_place_gathers_no_vectors():
+    """Of 64 queries with 8 documents: `[B M H]` would be 64 times the vectors."""
+    labels = torch.ones(64, 8)
+    labels[:, 1:] = 0
+    labels[-1, -1] = -1
+    loss = RankingLoss(static_encoder(), "masked_infonce")
+    lists = pooled(Lists.of_labels(labels, 64, 8))
+    vectors = torch.randn(512, 32, requires_grad=True)
+    loss._scores([[torch.randn(64, 32)], [vectors]], lists).sum().backward()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        loss._scores([[torch.randn(64, 32)], [vectors]], lists)
+    assert max(event.cpu_memory_usage for event in profiled.key_averages()) < 64 * 512 * 32 * 4
 
 
 def test_padding_columns_are_no_candidates(tmp_path):

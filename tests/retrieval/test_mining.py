@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from negtune.data.candidates import candidate_rows
 from negtune.data.retrieval import RetrievalTask, load_beir, synthetic_retrieval
 from negtune.records import RecordError
 from negtune.retrieval import retrievers
-from negtune.retrieval.mining import mine, read_lists, to_rows, write_lists
+from negtune.retrieval.mining import Mined, mine, read_lists, to_rows, write_lists
 from negtune.retrieval.retrievers import BM25Retriever, RunRetriever
 
 CORPUS = {name: f"text of {name}" for name in "abcdefghij"}
@@ -209,8 +210,29 @@ def test_rows_name_all_that_is_known_to_be_relevant_and_what_found_their_documen
     assert row["selection_ranks"] == lists[0].ranks[row["selection_retriever"]]
     (checked,) = candidate_rows([row], in_batch=True)
     assert checked["selection_ranks"] == [rank or 0 for rank in row["selection_ranks"]]
+    with pytest.raises(ValueError, match="the task lacks query 1 of the lists; give the task they were mined for"):
+        to_rows(lists, task=RetrievalTask(corpus, {"2": "other"}, {"2": {"d": 1.0}}))
     with pytest.raises(ValueError, match="the list of query 1 has no ranks of splade; it was mined with"):
         to_rows(lists, selected_by="splade")
+
+
+def test_rows_know_what_was_taken_out_and_what_a_judge_said():
+    task = RetrievalTask({**CORPUS, "twin": CORPUS["i"] + " "}, {"1": "first"}, {"1": {"j": 1.0, "e": 1.0}})
+    (one,) = mine(task, BOTH, n_documents=5, positives="guaranteed").lists
+    changed = by_id(one, one.gains)
+    negative = next(d for d, gain in changed.items() if gain == 0)
+
+    def known(dropped=(), **gains):
+        found = replace(one, gains=[*(changed | gains).values()], ideal_gains=[1.0] * 3)
+        (row,) = to_rows(Mined([found], dropped={"1": dict.fromkeys(dropped, "rule")}), task=task)
+        candidate_rows([row], in_batch=True)
+        return sorted(row["known_positives"])
+
+    assert "i" not in changed
+    assert known() == ["e", "j"]
+    assert known(dropped=["i"]) == ["e", "i", "j", "twin"]
+    assert known(**{negative: 1.0}) == sorted(["e", "j", negative])
+    assert known(j=0.0) == ["e"]
 
 
 def test_lists_without_the_ideal_of_their_query_have_to_be_mined_again(tmp_path):

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,9 +199,10 @@ def test_a_ranker_judges_by_its_own_scores_and_its_name_stands_for_its_weights_a
     assert ScoreJudge(ranker, thresholds, model="r").name == name
     assert ScoreJudge(ranker, thresholds, model="s").name != name
     assert ScoreJudge(ranker, Thresholds(thresholds.positive, low), model="r").name != name
-    ranker.max_seq_length = 17
+    limit, ranker.max_seq_length = ranker.max_seq_length, 17
     assert ScoreJudge(ranker, thresholds, model="r").name != name
-    ranker.max_seq_length = None
+    ranker.max_seq_length = limit
+    assert ScoreJudge(ranker, thresholds, model="r").name == name
     with torch.no_grad():
         next(p for p in ranker.parameters() if p.dim() > 1).flatten()[0] += 0.5
     assert ScoreJudge(ranker, thresholds, model="r").name.split("/")[0] != name.split("/")[0]

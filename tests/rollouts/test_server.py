@@ -20,10 +20,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from negtune.cli.main import main
+from negtune.metrics.judgement import VERDICTS
 from negtune.models.load import load_model
 from negtune.models.tiny import save_tiny, tiny_lm
 from negtune.records import write_jsonl
 from negtune.rollouts.attest import StaleEngineError, attest
+from negtune.rollouts.hf import HFSampler
+from negtune.rollouts.relevance import SamplerJudge
 from negtune.rollouts.sampler import SamplingParams
 from negtune.rollouts.server import ServerError, VLLMServerSampler, _Server
 from negtune.rollouts.store import RecordStore
@@ -244,6 +247,27 @@ def test_a_server_whose_log_probabilities_are_of_another_distribution_is_refused
             VLLMServerSampler(str(tiny_folder), load_model(tiny_folder)[1], raw.url)
     finally:
         raw.kill()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_judge_on_a_server_says_what_it_says_in_this_process(server, tiny_folder):
+    model, tokenizer = load_model(tiny_folder)
+    settings = {
+        "model": "tiny",
+        "prompt": lambda query, document, **_: f"{query} {document}",
+        "parse": lambda text: VERDICTS[len(text) % 3],
+        "params": SamplingParams(temperature=0.0, max_tokens=5, stop=("a", "e", "t")),
+    }
+    here = SamplerJudge(HFSampler(model, tokenizer), **settings)
+    there = SamplerJudge(VLLMServerSampler(str(tiny_folder), tokenizer, server.url), **settings)
+    queries, documents = ["Who", "Where is"] * 8, [f"Rome {i}" for i in range(16)]
+    said = here(queries, documents)
+    assert there(queries, documents) == said
+    assert set(said) == {*VERDICTS, None}
+    assert (there.asked, there.cut, there.errors, there.unread) == (here.asked, here.cut, 0, 0)
+    assert there.name == here.name
+    there.sampler.close()
 
 
 @needs_vllm

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from negtune.losses.debiased import em_relevance
 from negtune.retrieval.coupled import Level
 from negtune.retrieval.selection import BIAS, FeatureSelection
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer, CoupledWarning
+from negtune.trainers.list_training import scores_of
+from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from tests.launching import run_script
 from tests.retrieval.tiny_rankers import bi_encoder, cross_encoder, multi_vector, needs_adapters, rows, static_encoder
 
@@ -151,6 +154,42 @@ def test_weights_come_from_models_without_dropout(tmp_path):
     assert logs[0]["selection/loss"] != pytest.approx(logs[1]["selection/loss"], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
+@pytest.mark.parametrize(
+    ("mode", "selected", "cached"),
+    [
+        ("official", "text", None),
+        ("official", "text", 5),
+        ("em", "text", 5),
+        ("ratio", "features", None),
+        ("ips_posterior", "known", None),
+    ],
+)
+def test_a_step_that_is_weighed_by_its_own_scores_is_the_one_that_is_scored_before(tmp_path, mode, selected, cached):
+    data = {"text": lambda made: made, "features": with_features, "known": with_propensities}[selected](rows(12))
+    settings = {"mode": mode, "max_steps": 3, "uniform_steps": 1, "mini_batch_size": cached, "temperature": 1.0}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "selection_learning_rate": 0.5}
+    found = []
+    for before in (False, True):
+        relevance, selection = (model.double() for model in two_cross_encoders(tmp_path / str(before)))
+        given = selection if selected == "text" else None
+        trainer = trainer_of(relevance, tmp_path / "run", data=data, selection=given, **settings)
+        assert not trainer._draws
+        trainer._draws, calls = before, Counter()
+        for name, model in (("relevance", relevance), ("selection", selection)):
+            model.register_forward_pre_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+        trainer.train()
+        logs = [{n: v for n, v in log.items() if "/" in n or n == "level"} for log in trainer.state.log_history[:3]]
+        found.append((weights(trainer), logs, calls))
+    assert_close(found[0][0], found[1][0], atol=1e-8, rtol=0)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert found[0][1][1] != pytest.approx(found[0][1][2], rel=1e-3)  # it does move
+    steps = Counter(relevance=3, **({"selection": 3} if selected == "text" else {}))
+    assert found[1][2] - found[0][2] == steps
+    assert cached is not None or found[0][2] == steps
+
+
 def test_the_same_model_twice_stays_the_same_and_is_warned_of(tmp_path):
     with pytest.warns(CoupledWarning, match="labels cannot tell relevance from selection"):
         trainer = train(
@@ -200,7 +239,7 @@ def pooled(n, seed=0):
 
 def liking_of(trainer, held):
     """What `w0` adds to the score of an irrelevant document, over what relevance does, on held-out lists."""
-    scores = torch.tensor(trainer._scores_of(held))
+    scores = torch.tensor(scores_of(trainer, held))
     liked, other = scores[:, 2:4].mean(), scores[:, 4:].mean()
     return float((liked - other) / (scores[:, :2].mean() - (liked + other) / 2))
 
@@ -245,6 +284,38 @@ def test_learned_selection_is_that_of_the_pool(tmp_path):
     trainer = train(static_encoder(), tmp_path, data=only(pooled(300), "selection_features"), mode="em", **settings)
     liked, other = trainer.selection(trainer.selection.preprocess([[1.0], [0.0]]))["scores"].sigmoid().flatten()
     assert liked > other + 0.2
+
+
+# --- Gains for other objectives ---------------------------------------------------------------------------------------
+
+
+def test_pg_rank_can_be_rewarded_with_what_labels_leave_open(tmp_path):
+    data = [{**row, "query_id": str(i), "ideal_gains": [1.0, 1.0]} for i, row in enumerate(pooled(40))]
+    for row in data:
+        row["judged"] = [False] * 5 + [True]
+        del row["selection_propensity"]
+    trainer = train(static_encoder(), tmp_path / "em", data=data, mode="em", **MADE_UP | {"num_train_epochs": 2})
+    found = trainer.expected_rows(data)
+    assert [row["query_id"] for row in found] == [row["query_id"] for row in data]
+    logits = trainer.selection(trainer.selection.preprocess([f for row in data for f in row["selection_features"]]))
+    scores = torch.tensor(scores_of(trainer, [{**row, "row": 0} for row in data])).flatten()
+    r, s = torch.sigmoid(scores + trainer.level.bias), torch.sigmoid(logits["scores"].detach().flatten())
+    before, after = (torch.tensor([row["gains"] for row in each]).flatten() for each in (data, found))
+    judged = torch.tensor([row["judged"] for row in data]).flatten()
+    wanted = torch.where((before > 0) | judged, before, r * (1 - s) / (1 - r * s))
+    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
+    assert after[~judged & (before == 0)].max() > 0.01
+    again = RankingTrainer(
+        static_encoder(), RankingConfig(output_dir=str(tmp_path), use_cpu=True, k=3, max_steps=2), found
+    )
+    again.train()
+    assert len(again.train_dataset) == len(data)
+
+
+def test_a_mode_without_probabilities_has_no_expected_gains(tmp_path):
+    trainer = trainer_of(static_encoder(), tmp_path, mode="ratio")
+    with pytest.raises(ValueError, match="mode ratio gives no probabilities of relevance; train with mode em"):
+        trainer.expected_rows(with_features(rows(2, documents=6)))
 
 
 # --- Invariance -------------------------------------------------------------------------------------------------------
@@ -413,7 +484,7 @@ def test_normalised_weights_have_mean_1_over_the_pairs_of_a_step(tmp_path):
 def test_the_level_starts_at_the_share_of_labels_and_takes_a_part_of_newtons_step(tmp_path):
     data = with_features(rows(32, documents=6))
     trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, data, mode="em", max_steps=1, learning_rate=0.0)
-    scores = torch.tensor(trainer._scores_of(list(trainer.train_dataset)))
+    scores = torch.tensor(scores_of(trainer, list(trainer.train_dataset)))
     assert torch.sigmoid(scores + trainer.level.bias).mean().item() == pytest.approx(64 / 192, abs=0.01)
     start, chances = trainer.level.bias.item(), torch.tensor(BIAS).sigmoid()  # of selection, everywhere
     settings = {"mode": "em", "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 32}
@@ -450,7 +521,7 @@ def test_evaluation_takes_labels_as_they_are_and_needs_no_provenance(tmp_path):
     held = rows(10, documents=5, seed=4)
     trainer = trainer_of(bi_encoder(tmp_path / "model"), tmp_path, held_out=held, mode="em", max_steps=1)
     metrics = trainer.evaluate()
-    scores = torch.tensor(trainer._scores_of(list(trainer.eval_dataset))) + trainer.level.bias.detach()
+    scores = torch.tensor(scores_of(trainer, list(trainer.eval_dataset))) + trainer.level.bias.detach()
     gains = torch.tensor([row["gains"] for row in held])
     mask = torch.ones_like(gains, dtype=torch.bool)
     known = em_relevance(scores, gains, mask, selection=torch.zeros_like(scores), judged=mask).mean()

@@ -499,7 +499,9 @@ def test_a_uniform_policy_is_told_of(tmp_path):
 def test_history_has_the_search(tmp_path):
     train(tmp_path, num_train_epochs=1, max_steps=-1)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(row["search/missed"]) for row in rows if "loss" in row)
+    steps = [row for row in rows if "loss" in row]
+    assert all(math.isfinite(row["search/missed"]) and row["steps/empty"] == 0 for row in steps)
+    assert len(steps) > 1
     about = json.loads((tmp_path / "index.json").read_text())
     assert about["documents"] == 48
     assert len(about["fingerprint"]) == 64

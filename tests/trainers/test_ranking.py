@@ -182,6 +182,29 @@ def test_a_step_in_which_no_query_could_be_scored_moves_nothing_and_is_told_of(t
     assert [row["steps/empty"] for row in trainer.state.log_history[:4]] == [0, 0, 1, 1]
 
 
+def test_an_evaluation_between_two_logging_steps_leaves_the_count_of_empty_steps_alone(tmp_path):
+    calls = []
+
+    def reward(queries, rankings, **columns):
+        calls.append(queries)
+        return [None if len(calls) <= 2 else float(len(set(r[0]))) for r in rankings]
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 4}
+    with pytest.warns(UserWarning, match="no query of step 1 could be scored"):
+        trainer = train(
+            static_encoder(),
+            tmp_path,
+            data=rows(8, documents=5),
+            held_out=rows(4, documents=5),
+            reward_fn=reward,
+            **{"max_steps": 4, **evaluated},
+        )
+    evaluation, steps = trainer.state.log_history[:2]
+    assert "eval_reward/expected" in evaluation
+    assert "eval_steps/empty" not in evaluation
+    assert steps["steps/empty"] == 0.5
+
+
 def test_kl_to_the_warm_start_holds_the_scores_back(tmp_path):
     moved = []
     for weight in (None, 5.0):
@@ -265,10 +288,10 @@ def test_accumulation_counts_only_queries_that_count(tmp_path):
     made = [{**r, "row": i} for i, r in enumerate(rows(4, documents=4))]
     made[1]["gains"] = [0.0] * 4
     micro = [trainer.collate(made[:2]), trainer.collate(made[2:])]
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
     from negtune.trainers.steps import tell_step_totals
 
-    tell_step_totals(trainer, micro, lambda batch: trainer.loss.counted(_lists(batch)).sum())
+    tell_step_totals(trainer, micro, lambda batch: trainer.loss.counted(lists_of(batch)).sum())
     parts = [trainer.compute_loss(model, batch).item() / 2 for batch in micro]
     whole = trainer.compute_loss(model, trainer.collate([made[0], made[2], made[3]])).item()
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
@@ -398,6 +421,7 @@ trainer = RankingTrainer(
 )
 trainer.train()
 metrics = trainer.evaluate()
+metrics |= trainer.evaluate({{"first": rows(7, seed=5), "second": rows(5, seed=9)}})
 weights = sum(float(p.double().abs().sum()) for p in trainer.model.parameters() if p.requires_grad)
 if PartialState().is_main_process:
     history = [r for r in trainer.state.log_history if "loss" in r]
@@ -424,8 +448,14 @@ def test_two_processes_train_like_one(tmp_path, kind, cached):
         for name in ("loss", "reward/greedy", "positive/score", "negative/score"):
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), name
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
-    for name in ("eval_loss", "eval_reward/greedy", "eval_positive/score"):  # of 7 rows, one of which is repeated
-        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+    for name in ("loss", "reward/greedy", "positive/score"):  # of 7 and of 5 rows, some of which are repeated
+        for prefix in ("eval_", "eval_first_", "eval_second_"):
+            assert two["metrics"][prefix + name] == pytest.approx(one["metrics"][prefix + name], rel=1e-6), name
+        assert (
+            one["metrics"]["eval_first_" + name]
+            == one["metrics"]["eval_" + name]
+            != one["metrics"]["eval_second_" + name]
+        )
 
 
 UNSCORED = """
@@ -475,10 +505,10 @@ def test_texts_are_trained_with_the_prompts_that_searching_puts_before_them(tmp_
     args = config(tmp_path / "run", prompts=given, scale=1.0)
     trainer = RankingTrainer(model=model, args=args, train_dataset=rows(3, documents=4))
     batch = trainer.collate([{**row, "row": 0} for row in rows(3, documents=4)])
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
 
     with torch.no_grad():
-        scores = trainer.loss.scores(batch["features"], _lists(batch))
+        scores = trainer.loss.scores(batch["features"], lists_of(batch))
     model.prompts = given or model.prompts
     for row, found in zip(rows(3, documents=4), scores, strict=True):
         query = model.encode_query([row["query"]], convert_to_tensor=True)
@@ -520,11 +550,11 @@ def test_a_cross_encoder_is_trained_with_the_prompt_it_predicts_with(tmp_path):
     model = cross_encoder(tmp_path / "model").eval()
     args = config(tmp_path / "run", prompts="w9 w8 ")
     trainer = RankingTrainer(model=model, args=args, train_dataset=rows(2, documents=4))
-    from negtune.trainers.ranking import _lists
+    from negtune.trainers.list_training import lists_of
 
     batch = trainer.collate([{**row, "row": 0} for row in rows(2, documents=4)])
     with torch.no_grad():
-        scores = trainer.loss.scores(batch["features"], _lists(batch))
+        scores = trainer.loss.scores(batch["features"], lists_of(batch))
     for row, found in zip(rows(2, documents=4), scores, strict=True):
         pairs = [(row["query"], document) for document in row["documents"]]
         expected = model.predict(pairs, activation_fn=torch.nn.Identity(), convert_to_tensor=True)

@@ -166,7 +166,7 @@ def test_two_processes_are_two_micro_batches(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"known_positives": []}, "train row 1: known_positives are empty; name the documents that are relevant"),
+        ({"known_positives": []}, "train row 1: document .* has a gain and is not among known_positives"),
         ({"known_positives": None}, "train row 1: some rows have known_positives and others not"),
         ({"document_ids": ["d0", "d1"]}, "train row 1: 4 documents and 2 document_ids"),
         ({"selection_propensity": [0.5, 1, 1, 2]}, "train row 1: selection_propensity of document .* is 2; it is a"),
@@ -200,6 +200,17 @@ def test_a_known_positive_with_gain_0_is_named(tmp_path):
 def test_settings_are_refused_when_they_are_made(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RankingConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_rows_of_a_trainer_with_other_settings_are_refused(tmp_path):
+    """They lack what is known to be relevant, and nothing would say so."""
+    plain = RankingTrainer(static_encoder(), config(tmp_path, k=None, loss_type="infonce"), train_dataset=judged_rows())
+    again = RankingTrainer(
+        static_encoder(), config(tmp_path, k=None, loss_type="infonce"), train_dataset=plain.train_dataset
+    )
+    assert len(again.train_dataset) == len(judged_rows())
+    with pytest.raises(ValueError, match="train rows are those of another trainer, checked by .*; pass the"):
+        RankingTrainer(static_encoder(), config(tmp_path, k=None, loss_type="star"), train_dataset=plain.train_dataset)
 
 
 def test_star_is_in_batch_by_itself(tmp_path):

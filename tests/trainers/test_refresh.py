@@ -319,6 +319,31 @@ def test_what_cannot_be_mined_again_is_refused(tmp_path):
         RefreshNegatives(trainer, TASK, lists, every_steps=2)
 
 
+def test_what_is_known_to_be_relevant_is_no_negative_of_the_batch_after_a_refresh_either(tmp_path):
+    model = tiny_encoder()
+    lists = first_lists(model)
+    rows = to_rows(lists, task=TASK)
+    trainer = RankingTrainer(model, config(tmp_path, loss_type="masked_infonce", k=None, max_steps=4), rows)
+    refresh = RefreshNegatives(trainer, TASK, lists, every_steps=2, n_documents=4)
+    trainer.add_callback(refresh)
+    trainer.train()
+    found = refresh.rows(trainer.train_dataset["row"])
+    assert [row["known_positives"] for row in found] == [row["known_positives"] for row in rows]
+    assert any(set(row["known_positives"]) - set(row["document_ids"]) for row in found)
+
+
+@pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
+def test_a_trainer_whose_lists_say_more_is_refused(tmp_path):
+    """The rows of CET have to say where documents come from, which mined lists do not."""
+    from negtune.trainers.coupled import CoupledConfig, CoupledTrainer
+
+    lists = first_lists(tiny_encoder())
+    args = CoupledConfig(output_dir=str(tmp_path), use_cpu=True, save_strategy="no")
+    trainer = CoupledTrainer(tiny_encoder(), args, to_rows(lists), selection=cross_encoder(tmp_path / "cross"))
+    with pytest.raises(ValueError, match="only RankingTrainer takes new lists as it runs, got a CoupledTrainer"):
+        RefreshNegatives(trainer, TASK, lists, every_steps=2)
+
+
 def test_a_task_that_is_small_is_enough(tmp_path):
     """Fewer documents than a list may have."""
     task = RetrievalTask({"a": "ba", "b": "de"}, {"q": "ba"}, {"q": {"a": 1.0}})

@@ -1,0 +1,120 @@
+"""Which model of selection `CoupledTrainer` trains beside the ranker: the given one, one that it makes, or none."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from negtune.models.policy import disable_dropout
+from negtune.retrieval.collate import CandidateCollator, prompts_of
+from negtune.retrieval.coupled import CoupledObjective
+from negtune.retrieval.losses import RankingLoss, kind_of
+from negtune.retrieval.rankers import load_ranker
+from negtune.retrieval.selection import FeatureSelection, ProvenanceCollator
+from negtune.trainers.coupled_config import KNOWN, CoupledConfig
+
+MOST_LISTS = 10_000
+"""Of the train set, spread over it: their features are what is standardised by."""
+
+
+class CoupledWarning(UserWarning):
+    """Nothing tells relevance from selection."""
+
+
+def selection_model(given: Any, ranker: nn.Module, rows: Any, args: CoupledConfig) -> nn.Module | None:
+    """Ready to train; None where selection is known, and to evaluate only.
+
+    Args:
+        given: a cross-encoder, its name or folder, a `FeatureSelection`, or None.
+        ranker: the other model.
+        rows: the checked train set, or None.
+        args: settings; `mode` says what is needed.
+
+    Raises:
+        ValueError: what is given and the columns of the rows do not go together.
+    """
+    if rows is None and given is None:
+        return None
+    columns = () if rows is None else tuple(rows.column_names or ())
+    featured, known = ("selection_features" in columns, "selection_propensity" in columns)
+    if args.mode in KNOWN and rows is not None and not known:
+        raise ValueError(
+            f"mode {args.mode} needs rows with selection_propensity, the probability of each document to be selected; "
+            "without it take mode em with selection_features"
+        )
+    if given is not None and (known or args.mode in KNOWN):
+        raise ValueError("selection is known by selection_propensity: leave the selection model out, or the column")
+    if known and (args.mode in KNOWN or not featured):
+        return None
+    if known:
+        raise ValueError("rows have selection_features and selection_propensity; leave one of the two out")
+    if given is None and not featured:
+        raise ValueError(
+            f"mode {args.mode} needs a model of selection: give rows selection_features (of mined lists: "
+            "negtune.retrieval.selection.provenance), or a cross-encoder as selection, as published"
+        )
+    if given is None:
+        given = _of_features(rows, args)
+    elif isinstance(given, str | os.PathLike):
+        given = load_ranker(given, "cross_encoder")
+    _check(given, ranker, rows, featured)
+    if args.disable_dropout:
+        disable_dropout(given)
+    return given.to(args.device)
+
+
+def _of_features(rows: Any, args: CoupledConfig) -> FeatureSelection:
+    if not hasattr(rows, "__len__"):
+        raise ValueError(
+            "the features of a stream cannot be standardised before it is read; pass "
+            "selection=FeatureSelection(n).standardise(features) with features of some documents"
+        )
+    apart = -(-len(rows) // MOST_LISTS)
+    lists = rows.select(range(0, len(rows), apart))["selection_features"]
+    features = torch.tensor([document for one in lists for document in one], dtype=torch.float64)
+    return FeatureSelection(features.shape[-1], args.selection_hidden, args.seed).standardise(features)
+
+
+def _check(selection: Any, ranker: nn.Module, rows: Any, featured: bool) -> None:
+    if isinstance(selection, FeatureSelection):
+        if rows is not None and not featured:
+            raise ValueError("a FeatureSelection reads selection_features, which the rows do not have")
+        if rows is not None:
+            selection.preprocess(next(iter(rows))["selection_features"])
+        return
+    if kind_of(selection) != "cross_encoder":
+        raise ValueError(f"selection must be a cross-encoder or a FeatureSelection, got {type(selection).__name__}")
+    if featured:
+        raise ValueError(
+            "rows have selection_features, which a cross-encoder does not read; leave selection out, or the column"
+        )
+    ours = {id(p) for p in ranker.parameters()}
+    if any(id(p) in ours for p in selection.parameters()):
+        raise ValueError("the two models share parameters; load the selection model a second time")
+    selection.model_card_data.local_files_only = True  # else the card asks the hub about a folder's name
+    warnings.warn(
+        "both models read the query and the document: labels cannot tell relevance from selection then (the coupling "
+        "is not identified). Give rows selection_features or selection_propensity, and no selection model",
+        CoupledWarning,
+        stacklevel=4,
+    )
+
+
+def selection_loss(selection: nn.Module, args: CoupledConfig) -> RankingLoss:
+    """What trains a selection model: weighed pairs in mode `official`, else cross-entropy with soft labels."""
+    text = not isinstance(selection, FeatureSelection)
+    if text and args.gradient_checkpointing:
+        selection.gradient_checkpointing_enable()
+    sizes = ("mini_batch_size", "mini_batch_num_tokens") if text else ()
+    objective = CoupledObjective(soft=args.mode != "official")
+    return RankingLoss(selection, "rank_net", objective=objective, **{name: getattr(args, name) for name in sizes})
+
+
+def with_provenance(collate: CandidateCollator, selection: nn.Module | None) -> ProvenanceCollator:
+    """Batches of `collate` with what the selection model reads."""
+    text = selection is not None and not isinstance(selection, FeatureSelection)
+    return ProvenanceCollator(collate, selection, prompts_of(selection, "cross_encoder") if text else None)

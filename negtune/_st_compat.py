@@ -42,6 +42,7 @@ from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.multi_vector_encoder.model import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder.scoring import colbert_scores_pairwise
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 create_minibatch = _create_minibatch
 
@@ -63,6 +64,7 @@ __all__ = [
     "MultiVectorEncoder",
     "Normalize",
     "RandContext",
+    "StaticEmbedding",
     "colbert_scores_pairwise",
     "create_minibatch",
     "embed_columns",

@@ -16,7 +16,7 @@ EXTRAS = [
 ]
 NEED_SENTENCE_TRANSFORMERS = {
     *("negtune._st_compat", "negtune.retrieval.asymmetric", "negtune.retrieval.containment"),
-    *("negtune.retrieval.evaluation", "negtune.retrieval.losses"),
+    *("negtune.retrieval.evaluation", "negtune.retrieval.losses", "negtune.retrieval.static_rows"),
     *("negtune.retrieval.query_side", "negtune.trainers.ranking", "negtune.trainers.ranking_config"),
     *("negtune.trainers.query_encoder", "negtune.trainers.query_encoder_config", "negtune.trainers.refresh"),
     *("negtune.retrieval.coupled", "negtune.trainers.coupled", "negtune.trainers.coupled_config"),

@@ -127,7 +127,7 @@ def rank_chances(ranks: Iterable[int | None], share: float, *, power: float = 0.
             f"these ranks give mean chances of {mean(low):.3f} to {mean(high):.3f}, and share={share} is not between; "
             "lower the floor, or search deeper"
         )
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < share else (low, middle)
     return RankChances(high, power, floor)

@@ -218,11 +218,15 @@ class Grid:
         except (TypeError, ValueError) as error:
             raise ValueError(f"arm {name!r}: {error}") from error
 
+    def own(self, data: str) -> dict[str, Any]:
+        """Settings of a data set that stand in for those of the file."""
+        return {key: value for key, value in self.data[data].items() if key in ("made_up", "encoder", "rates")}
+
     def deciding(self, cell: Cell) -> dict[str, Any]:
         """What decides the result of a run, besides its arm, rate, scale and seed."""
         beside = ("data", "arms", "judges", "drawn", "baseline", "rates", "scales", "seeds", "sweep_seed")
         left = {name: value for name, value in vars(self).items() if name not in beside}
-        own = {key: value for key, value in self.data[cell.data].items() if key in ("made_up", "encoder")}
+        own = {key: value for key, value in self.own(cell.data).items() if key != "rates"}
         return {**left, "data": cell.data, "way": cell.way, "hidden": cell.hidden, **own}
 
     def settings(self, name: str) -> dict[str, Any]:

@@ -36,11 +36,17 @@ def summary(grid: Any, found: Mapping[Cell, Comparison], folder: Path) -> str:
         "that are hidden positives. Judges: share of hidden candidates they found, and of their new positives the "
         "right ones.",
     ]
+    own = {data: settings for data in grid.data if (settings := grid.own(data))}
+    lines += [f"{data} has its own {', '.join(f'{k}: {v}' for k, v in one.items())}." for data, one in own.items()]
     for cell, comparison in sorted(found.items(), key=lambda item: _order(grid, item[0])):
         whole = found.get(Cell(cell.data))
         lines += [f"## {cell.name}", _table(grid, cell, comparison, whole, folder)]
         controls = _controls(grid, cell, comparison, folder)
         lines += [controls] if controls else []
+    for data in grid.data:
+        cells = sorted((c for c in found if c.data == data and c.way != WHOLE), key=lambda cell: _order(grid, cell))
+        if cells and Cell(data) in found:
+            lines += [f"## {data}: what hiding costs", _costs(grid, cells, found, folder)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -61,7 +67,7 @@ def by_query(comparison: Comparison, arm: str, cell: Cell, folder: Path) -> dict
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[str, float, float]:
     """Mean and interval as text, p, and what could have been found."""
     shared = [query_id for query_id in theirs if query_id in ours]
-    differences = [ours[q] - theirs[q] for q in shared]
+    differences = [round(ours[q] - theirs[q], 12) for q in shared]  # of equal numbers rounding has one sign
     mean, low, high = paired_difference([ours[q] for q in shared], [theirs[q] for q in shared])
     text = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
     return text, permutation_test(differences), detectable_difference(differences)
@@ -138,6 +144,28 @@ def _controls(grid: Any, cell: Cell, comparison: Comparison, folder: Path) -> st
     )
 
 
+def _costs(grid: Any, cells: list[Cell], found: Mapping[Cell, Comparison], folder: Path) -> str:
+    """Of each arm what it has where nothing is hidden, minus what it has in a cell; is it what the baseline loses?"""
+    whole = Cell(cells[0].data)
+    arms = [arm for arm in found[whole].arms[1:] if all(arm in found[cell].arms for cell in cells)]
+    rows = [[arm] for arm in arms]
+    for cell in cells:
+        costs = {}
+        for arm in arms:
+            before, behind = by_query(found[whole], arm, whole, folder), by_query(found[cell], arm, cell, folder)
+            costs[arm] = {query_id: before[query_id] - behind[query_id] for query_id in before}
+        others = [arm for arm in arms if arm != grid.baseline]
+        corrected = dict(zip(others, holm([paired(costs[a], costs[grid.baseline])[1] for a in others]), strict=True))
+        for row, arm in zip(rows, arms, strict=True):
+            row.append(
+                f"{statistics.mean(costs[arm].values()):+.4f}"
+                + (f" ({corrected[arm]:.3f})" if arm in corrected else "")
+            )
+    head = ["arm", *(f"{cell.way}, {cell.hidden:.0%}" for cell in cells)]
+    note = f"In brackets: p of the difference to what it costs {grid.baseline}, by query, Holm-corrected in a column."
+    return f"{_markdown(head, rows)}\n\n{note}"
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
@@ -163,7 +191,7 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
                 ax.set_visible(False)
                 continue
             for i, arm in enumerate(grid.drawn):
-                points = _points(found, data, way, arm, grid.baseline)
+                points = _points(found, data, way, arm)
                 style = {
                     "marker": MARKERS[i % 8],
                     "color": COLORS[i % 8],
@@ -172,7 +200,7 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
                 }
                 ax.plot([100 * x for x, _ in points], [y for _, y in points], label=arm, **style)
             said = "uniformly" if way == UNIFORM else "by BM25 rank"
-            nothing = _points(found, data, way, DO_NOTHING, grid.baseline)
+            nothing = _points(found, data, way, DO_NOTHING)
             start = f" (do nothing {nothing[0][1]:.3f})" if nothing and DO_NOTHING not in grid.drawn else ""
             ax.set_title(f"{data}, hidden {said}{start}", fontsize=10, loc="left")
             ax.set_xlabel("% of the training positives hidden")
@@ -181,20 +209,14 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
         axes[row][0].set_ylabel("nDCG@10, all test labels")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
 
-def _points(
-    found: Mapping[Cell, Comparison], data: str, way: str, arm: str, baseline: str
-) -> list[tuple[float, float]]:
-    """Share and mean; where nothing is hidden an oracle is the baseline."""
+def _points(found: Mapping[Cell, Comparison], data: str, way: str, arm: str) -> list[tuple[float, float]]:
+    """Share and mean."""
     points = []
     for cell, comparison in found.items():
-        if cell.data != data or cell.way not in (way, WHOLE):
-            continue
-        name = arm if arm in comparison.arms else baseline if cell.way == WHOLE and "oracle" in arm else None
-        values = comparison.values(name, METRIC) if name else {}
-        if values:
-            points.append((cell.hidden, statistics.mean(values.values())))
+        if cell.data == data and cell.way in (way, WHOLE) and arm in comparison.arms:
+            points.append((cell.hidden, statistics.mean(comparison.values(arm, METRIC).values())))
     return sorted(points)

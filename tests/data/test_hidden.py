@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negtune.data.hidden import RankChances, hide_positives, rank_chances
@@ -129,6 +129,7 @@ def test_chances_fall_with_the_root_of_the_rank_between_floor_and_1():
     assert [chances(rank) for rank in (1, 4, 16, 10_000, None)] == [1.0, 1.0, 0.5, 0.1, 0.1]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.integers(1, 1400)), min_size=3, max_size=40),
     st.floats(0.01, 0.99),

@@ -261,6 +261,12 @@ def read_grid(args: argparse.Namespace) -> Grid:
         if wanted is not None:
             found[name] = {one: settings for one, settings in found[name].items() if one in wanted}
     found["drawn"] = [name for name in found.get("drawn", []) if name in (DO_NOTHING, *found["arms"])]
+    for share in args.shares or []:
+        if not any(share in data.get("hidden", []) for data in found["data"].values()):
+            raise ValueError(f"no data set of the file hides {share:g} of its positives; see hidden there")
+    for way in args.ways or []:
+        if way not in (UNIFORM, BY_RANK):
+            raise ValueError(f"--ways are {UNIFORM!r} and {BY_RANK!r}, got {way!r}")
     for data in found["data"].values():
         if args.shares is not None:
             data["hidden"] = [share for share in data.get("hidden", []) if share in args.shares]

@@ -92,6 +92,8 @@ def test_all_arms_run_go_on_where_they_were_and_are_drawn(tmp_path):
         ({}, ["--arms", "mined", "ADORE after STAR"], "goes on from 'STAR', which is no arm here"),
         ({}, ["--only", "cranfeld"], "the file has no data 'cranfeld'"),
         ({}, ["--arms", "STARS"], "the file has no arms 'STARS'"),
+        ({}, ["--shares", "0.5", "1.5"], "no data set of the file hides 1.5 of its positives"),
+        ({}, ["--ways", "by rnk"], "--ways are 'uniform' and 'by rank', got 'by rnk'"),
         ({}, [], "is no folder in --data_dir None"),
     ],
 )

@@ -18,8 +18,8 @@ Measured    recipes/LOG.md
 
     python recipes/retrieval/hidden_positives.py --data_dir FOLDER --output_dir runs/hidden
 
-A run that was stopped goes on with the same command. --judges_only makes the scores of slow judges beforehand. --smoke:
-all arms on made-up data.
+--only NAME takes a collection of yours too, FOLDER/NAME in BEIR's layout. A run that was stopped goes on with the same
+command. --judges_only makes the scores of slow judges beforehand. --smoke: all arms on made-up data.
 """
 
 import argparse
@@ -59,7 +59,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--grid", type=Path, default=Path(__file__).with_suffix(".yaml"), help="YAML file; see there")
 parser.add_argument("--output_dir", type=Path, required=True)
 parser.add_argument("--data_dir", type=Path, help="folders of collections, named as in the file")
-parser.add_argument("--only", nargs="+", help="of the file's data sets only these")
+parser.add_argument("--only", nargs="+", help="of the file's data sets only these, or other folders of --data_dir")
 parser.add_argument("--arms", nargs="+", help="of the file's only these")
 parser.add_argument("--ways", nargs="+", help="of the data sets' only these")
 parser.add_argument("--shares", type=float, nargs="+", help="of the data sets' only these")
@@ -254,6 +254,9 @@ def read_grid(args: argparse.Namespace) -> Grid:
     if unknown:
         raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
     found |= {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+    for name in args.only or []:
+        if name not in found["data"] and args.data_dir is not None and (args.data_dir / name).is_dir():
+            found["data"][name] = {"hidden": [0.3, 0.5, 0.7]}
     for name, wanted in (("data", args.only), ("arms", args.arms)):
         for one in wanted or []:
             if one not in found[name]:

@@ -108,6 +108,15 @@ def test_wrong_settings_are_one_line_before_the_first_run(modules, tmp_path, mon
     assert "\n" not in str(error.value)
 
 
+def test_a_collection_that_the_file_does_not_know_is_a_folder(modules, tmp_path):
+    (tmp_path / "data" / "ours").mkdir(parents=True)
+    flags = ["--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"), "--only", "ours"]
+    grid = modules[0].read_grid(modules[0].parser.parse_args([*flags, "--shares", "0.3", "0.7"]))
+    assert grid.data == {"ours": {"hidden": [0.3, 0.7]}}
+    with pytest.raises(ValueError, match="the file has no data 'theirs'"):
+        modules[0].read_grid(modules[0].parser.parse_args([*flags, "theirs"]))
+
+
 def test_a_cell_hides_training_labels_and_no_test_label(modules, collection):
     one = part(modules, collection, "by rank", 0.5)
     train, test = split_queries(synthetic_retrieval(n_topics=4, documents_per_topic=9), 0.5, 1)

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from negtune.data.completions import RowError
 from negtune.data.retrieval import text_key
-
-if TYPE_CHECKING:
-    from negtune.retrieval.losses import Lists
+from negtune.retrieval.lists import Lists
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -38,6 +37,8 @@ from negtune.losses.ranking import RANKING_LOSSES
 from negtune.metrics.ranking import greedy_reward, ideal_value
 from negtune.ops import at_least_float32
 from negtune.retrieval.in_batch import pooled, share_columns, split_ids
+from negtune.retrieval.lists import Lists as Lists
+from negtune.retrieval.lists import first_relevant
 
 logger = logging.getLogger(__name__)
 
@@ -56,92 +57,6 @@ class NonFiniteScoresError(FloatingPointError):
 
 class RankingWarning(UserWarning):
     """The policy cannot learn as it is: uniform, or so certain that every sample is the same."""
-
-
-@dataclass(frozen=True)
-class Lists:
-    """What a batch of candidate lists says besides its texts.
-
-    Args:
-        gains: grades `[B D]`.
-        mask: True where a document is no padding `[B D]`.
-        documents: which of the embedded texts (of the scored pairs) each document is `[B D]`.
-        teacher: scores of a teacher `[B D]`, or None.
-        start: scores of the warm start `[B D]`, or None.
-        ideal: gains of all judged documents of each query, zeros behind `[B I]`, or None.
-        known: documents of the batch that are known to be relevant to each query `[B M]`, or None; read `in_batch`.
-        own: which documents are the query's own, where lists hold those of the batch; withheld: how many it does not
-            have as candidates since they are known to be relevant, `[B]`.
-        rows: the rows of the data set, for a reward function.
-        total: queries that count in the whole optimiser step, over all processes, before any was scored; None: this
-            batch is the step.
-        left_out: queries that say nothing and that a stream left out before these.
-        share: micro-batches of the step times processes: what the host divides by.
-        more: keyword arguments of an objective of one's own, `[B D]` each.
-    """
-
-    gains: Tensor
-    mask: Tensor
-    documents: Tensor
-    teacher: Tensor | None = None
-    start: Tensor | None = None
-    ideal: Tensor | None = None
-    known: Tensor | None = None
-    own: Tensor | None = None
-    withheld: Tensor | None = None
-    rows: Sequence[Mapping[str, Any]] | None = None
-    left_out: int = 0
-    total: float | None = None
-    share: float = 1.0
-    more: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of_labels(cls, labels: Tensor, n_queries: int, n_columns: int, *, teacher: bool = False) -> Lists:
-        """Of sentence-transformers' columns (query, document_0, ..., document_{n-1}).
-
-        Args:
-            labels: gains `[B n]`, below 0 for padding; or a teacher's scores, NaN for padding, with which the first
-                document is the relevant one.
-            n_queries, n_columns: B, and n.
-            teacher: which of the two.
-        """
-        if labels.shape != (n_queries, n_columns):
-            raise ValueError(
-                f"labels must be one number for each of the {n_columns} document columns, [{n_queries}, {n_columns}], "
-                f"got {list(labels.shape)}; pad shorter lists with empty documents and the label "
-                + ("NaN" if teacher else "-1")
-            )
-        columns = torch.arange(n_columns, device=labels.device) * n_queries
-        documents = columns + torch.arange(n_queries, device=labels.device).unsqueeze(-1)
-        labels = labels.float()
-        if teacher:
-            return cls(_first_relevant(labels), ~labels.isnan(), documents, teacher=labels)
-        return cls(labels.clamp(min=0), labels >= 0, documents)
-
-    @classmethod
-    def of_label_lists(cls, labels: Sequence[Any], device: torch.device, *, teacher: bool = False) -> Lists:
-        """Of a cross-encoder's lists of gains, or of a teacher's scores, one after another; see `of_labels`."""
-        lengths = [len(row) for row in labels]
-        gains = torch.zeros(len(labels), max(lengths), device=device)
-        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(-1)
-        gains[mask] = torch.cat([torch.as_tensor(row, dtype=torch.float, device=device) for row in labels])
-        documents = torch.zeros_like(mask, dtype=torch.long)
-        documents[mask] = torch.arange(sum(lengths), device=device)
-        if teacher:
-            return cls(_first_relevant(gains), mask, documents, teacher=gains)
-        return cls(gains, mask, documents)
-
-    @property
-    def relevant(self) -> Tensor:
-        """[B D]."""
-        return (self.gains > 0) & self.mask
-
-    def mean(self, losses: Tensor, counted: Tensor) -> Tensor:
-        """Of the losses of queries that count, both `[B]`, over those of the optimiser step; times `share`."""
-        losses = losses.masked_fill(~counted, 0.0)
-        if self.total is None:
-            return losses.sum() / counted.sum().clamp(min=1)
-        return losses.sum() / max(self.total, 1) * self.share
 
 
 class RankingLoss(CachedLossMixin, nn.Module):
@@ -321,7 +236,7 @@ class RankingLoss(CachedLossMixin, nn.Module):
             gains = split_ids(labels, n_queries, n_columns)
             return share_columns(Lists.of_labels(gains, n_queries, n_columns), features, labels)
         if labels is None and not self.teacher:
-            labels = _first_relevant(torch.zeros(n_queries, n_columns, device=device))
+            labels = first_relevant(torch.zeros(n_queries, n_columns, device=device))
         if not isinstance(labels, Tensor):
             raise ValueError(
                 f"{self.loss_type} needs label, a teacher's score for each document"
@@ -597,12 +512,6 @@ def known_settings(
     except TypeError as error:
         raise ValueError(f"a hyper-parameter of {loss_type} has the wrong type, {dict(given)}: {error}") from None
     return dict(given)
-
-
-def _first_relevant(like: Tensor) -> Tensor:
-    gains = torch.zeros_like(like)
-    gains[:, 0] = 1
-    return gains
 
 
 def _stack_tokens(parts: Sequence[Tensor]) -> Tensor:

@@ -297,7 +297,7 @@ def test_padding_in_the_last_place_gathers_no_vectors():
     loss._scores([[torch.randn(64, 32)], [vectors]], lists).sum().backward()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         loss._scores([[torch.randn(64, 32)], [vectors]], lists)
-    assert max(event.cpu_memory_usage for event in profiled.key_averages()) < 64 * 512 * 32 * 4
+    assert max(event.cpu_memory_usage for event in profiled.key_averages()) < 64 * 512 * 32  # a quarter of that, in bytes
 
 
 def test_padding_columns_are_no_candidates(tmp_path):

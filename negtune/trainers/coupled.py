@@ -20,31 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from negtune._st_compat import BaseTrainer
 from negtune.data.candidates import candidate_rows
-from negtune.losses.debiased import (
-    cet_weights,
-    expected_gains,
-    matching_level,
-    pair_means,
-    relevance_targets,
-    selection_targets,
-)
-from negtune.losses.ranking import sides
+from negtune.losses.debiased import expected_gains, matching_level
 from negtune.models.policy import has_dropout
 from negtune.retrieval.collate import CandidateCollator, prompts_of
 from negtune.retrieval.coupled import CoupledLoss, CoupledObjective, Level
 from negtune.retrieval.losses import Lists
-from negtune.retrieval.rankers import load_ranker
-from negtune.retrieval.selection import FeatureSelection
-from negtune.trainers.coupled_config import KNOWN, LEVELLED
+from negtune.trainers.coupled_config import LEVELLED
 from negtune.trainers.coupled_config import CoupledConfig as CoupledConfig
 from negtune.trainers.coupled_selection import CoupledWarning as CoupledWarning
-from negtune.trainers.coupled_selection import selection_loss, selection_model, with_provenance
+from negtune.trainers.coupled_selection import (
+    check_beside,
+    load_beside,
+    save_beside,
+    selection_loss,
+    selection_model,
+    with_provenance,
+)
+from negtune.trainers.coupled_weights import add_weights, normalize, opinions
 from negtune.trainers.list_training import (
     FIRST,
     LAST,
@@ -70,8 +67,6 @@ from negtune.trainers.steps import has_ended
 
 FIRST_LISTS = 64
 """Of the train set: their scores and labels decide the first level of relevance."""
-SELECTION, LEVEL = "selection", "level.safetensors"
-"""In a checkpoint: folder of the selection model, file of the level."""
 WEIGHTS: Columns = (
     ("weight/negative_p10", "w- p10", "{:.2f}"),
     ("weight/negative_p90", "w- p90", "{:.2f}"),
@@ -195,8 +190,7 @@ class CoupledTrainer(BaseTrainer):
     def _move_level(self, found: Sequence[Tensor]) -> None:
         """By what targets lack and by variances, summed over the documents of the step, of all processes."""
         if self.level is not None:
-            total = self.accelerator.reduce(torch.stack(list(found)).sum(0).to(self.args.device), "sum")
-            self.level.move(*total.tolist())
+            self.level.move(*self._sum(torch.stack(list(found)).sum(0).to(self.args.device)).tolist())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         new = self.optimizer is None
@@ -239,15 +233,22 @@ class CoupledTrainer(BaseTrainer):
     @torch.no_grad()
     def _weigh(self, batches: Sequence[dict], scores: Sequence[Tensor], selection: Sequence[Tensor | None]) -> None:
         """Tell the micro-batches of a step what their documents weigh."""
-        found = [self._opinions(*one) for one in zip(batches, scores, selection, strict=True)]
+        settings: dict[str, Any] = {"level": None if self.level is None else self.level.bias}
+        settings["uniform"] = self.state.global_step < self.args.uniform_steps
+        settings["trained"] = self.selection is not None
+        found = [opinions(*one, self.args, **settings) for one in zip(batches, scores, selection, strict=True)]
         self._move_level([opinion.pop("level") for opinion in found])
         for side in ("relevance", "selection"):
             if self.args.normalizes and "weights" in found[0].get(side, {}):
-                self._normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)])
+                normalize([(b["lists"], opinion[side]) for b, opinion in zip(batches, found, strict=True)], self._sum)
         for batch, opinion in zip(batches, found, strict=True):
             batch["lists"]["more"] = opinion.pop("relevance")
             batch["coupled"] = opinion
-            self._watch_weights(lists=batch["lists"], judged=batch["provenance"]["judged"])
+            add_weights(self.metric_sums, batch["lists"], batch["provenance"]["judged"])
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over the processes."""
+        return self.accelerator.reduce(values, "sum")
 
     @contextmanager
     def _weighed_within(self, inputs: dict[str, Any]) -> Iterator[None]:
@@ -287,52 +288,10 @@ class CoupledTrainer(BaseTrainer):
             for module in both:
                 module.train(training)
 
-    def _opinions(self, batch: Mapping[str, Any], scores: Tensor, selection: Tensor | None) -> dict[str, Any]:
-        """`relevance` and `selection`: what their objectives take; `level`: what moves it."""
-        lists, provenance, args = lists_of(batch), batch["provenance"], self.args
-        gains, mask, judged = lists.gains, lists.mask, provenance["judged"]
-        relevance = scores if self.level is None else scores + self.level.bias
-        labels, seen = (gains > 0).to(scores), ((gains > 0) | judged).to(scores)
-        uniform = self.state.global_step < args.uniform_steps
-        hoped = labels if uniform or selection is None else relevance_targets(gains, judged, relevance, selection)
-        found: dict[str, Any] = {}
-        if args.mode == "em":
-            found["relevance"] = {"targets": hoped}
-        elif uniform:
-            found["relevance"] = {"weights": torch.ones_like(scores)}
-        else:
-            known = provenance["propensities"] if args.mode in KNOWN else None
-            settings = {"judged": judged, "mode": args.mode, "temperature": args.temperature, "clip": args.clip}
-            other = None if args.mode in KNOWN else selection
-            weights = cet_weights(relevance, gains, mask, selection=other, propensities=known, **settings)
-            found["relevance"] = {"weights": weights}
-        if self.selection is not None and args.mode == "official":
-            weights = cet_weights(selection, gains, mask, selection=scores, temperature=args.temperature)
-            found["selection"] = {"weights": torch.ones_like(scores) if uniform else weights}
-        elif self.selection is not None:
-            targets = seen if uniform else selection_targets(gains, judged, relevance, selection)
-            found["selection"] = {"targets": targets}
-        r = torch.sigmoid(relevance[mask].double())
-        found["level"] = torch.stack([(hoped[mask] - r).sum(), (r * (1 - r)).sum()])
-        return found
-
     def _selection_logits(self, provenance: Mapping[str, Any], lists: Lists) -> Tensor | None:
         if self.selection_loss is not None:
             return self.selection_loss.scores(provenance["features"], _of_selection(lists, provenance))
         return torch.logit(provenance["propensities"].masked_fill(~lists.mask, 0.5))
-
-    def _normalize(self, found: Sequence[tuple[Mapping[str, Tensor], dict[str, Tensor]]]) -> None:
-        """Divide the weights of the step by their mean over the pairs, as the loss counts them."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for lists, opinion in found:
-            relevant, irrelevant = sides(lists["gains"], lists["mask"])
-            both = (relevant.any(-1) & irrelevant.any(-1)).sum()
-            means = pair_means(opinion["weights"].double(), lists["gains"], lists["mask"])
-            total += torch.stack([means.sum(), both.double()]).to(total)
-        means, both = self.accelerator.reduce(total, "sum").tolist()
-        if means > 0:
-            for _, opinion in found:
-                opinion["weights"] = opinion["weights"] / (means / both) ** 0.5  # of a pair, two
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -417,23 +376,13 @@ class CoupledTrainer(BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.selection is not None:
-            self.selection.save_pretrained(str(folder / SELECTION))
-        if self.level is not None:
-            save_file(self.level.state_dict(), folder / LEVEL)
+        save_beside(folder, self.selection, self.level)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         folder = Path(checkpoint_path)
-        for wanted, file in ((self.selection, SELECTION), (self.level, LEVEL)):
-            if wanted is not None and not (folder / file).exists():
-                raise OSError(f"{folder} has no {file}; it was not written by a CoupledTrainer with these settings")
+        check_beside(folder, self.selection, self.level)
         super()._load_from_checkpoint(checkpoint_path)
-        if isinstance(self.selection, FeatureSelection):
-            self.selection.load_state_dict(FeatureSelection.from_pretrained(folder / SELECTION).state_dict())
-        elif self.selection is not None:
-            self.selection.load_state_dict(load_ranker(folder / SELECTION, "cross_encoder").state_dict())
-        if self.level is not None:
-            self.level.load_state_dict(load_file(folder / LEVEL))
+        load_beside(folder, self.selection, self.level)
 
     # --- what a person sees -------------------------------------------------------------------------------------------
 
@@ -451,19 +400,8 @@ class CoupledTrainer(BaseTrainer):
     ) -> tuple[Tensor, None, None]:
         return evaluated_loss(self, model, inputs), None, None
 
-    def _watch_weights(self, lists: Mapping[str, Any], judged: Tensor) -> None:
-        """`weight/positive`, `weight/negative` and quantiles, `hidden/probability` of what nobody judged."""
-        relevant, irrelevant = sides(lists["gains"], lists["mask"])
-        relevant, irrelevant, judged = (t.to(self.args.device) for t in (relevant, irrelevant, judged))
-        if "targets" in lists["more"]:
-            self.metric_sums.add("hidden/probability", lists["more"]["targets"][irrelevant & ~judged])
-            return
-        self.metric_sums.add("weight/positive", lists["more"]["weights"][relevant])
-        self.metric_sums.add("weight/negative", lists["more"]["weights"][irrelevant])
-        self.metric_sums.add_quantiles("weight/negative", lists["more"]["weights"][irrelevant])
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the metrics of both models, see `_watch_weights`, and the level."""
+        """With the metrics of both models, see `add_weights`, and the level."""
         if "loss" in logs:
             if self.selection_loss is not None:
                 for name, (total, count) in self.selection_loss.take_metrics().items():

@@ -1,17 +1,20 @@
-"""Which model of selection `CoupledTrainer` trains beside the ranker: the given one, one that it makes, or none."""
+"""Which model of selection `CoupledTrainer` trains beside the ranker: the given one, one that it makes, or none; and
+where it is kept."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from negtune.models.policy import disable_dropout
 from negtune.retrieval.collate import CandidateCollator, prompts_of
-from negtune.retrieval.coupled import CoupledObjective
+from negtune.retrieval.coupled import CoupledObjective, Level
 from negtune.retrieval.losses import RankingLoss, kind_of
 from negtune.retrieval.rankers import load_ranker
 from negtune.retrieval.selection import FeatureSelection, ProvenanceCollator
@@ -19,6 +22,8 @@ from negtune.trainers.coupled_config import KNOWN, CoupledConfig
 
 MOST_LISTS = 10_000
 """Of the train set, spread over it: their features are what is standardised by."""
+SELECTION, LEVEL = "selection", "level.safetensors"
+"""In a folder of the ranker: folder of the selection model, file of the level."""
 
 
 class CoupledWarning(UserWarning):
@@ -118,3 +123,32 @@ def with_provenance(collate: CandidateCollator, selection: nn.Module | None) -> 
     """Batches of `collate` with what the selection model reads."""
     text = selection is not None and not isinstance(selection, FeatureSelection)
     return ProvenanceCollator(collate, selection, prompts_of(selection, "cross_encoder") if text else None)
+
+
+def save_beside(folder: Path, selection: nn.Module | None, level: Level | None) -> None:
+    """In the folder of the ranker."""
+    if selection is not None:
+        selection.save_pretrained(str(folder / SELECTION))
+    if level is not None:
+        save_file(level.state_dict(), folder / LEVEL)
+
+
+def check_beside(folder: Path, selection: nn.Module | None, level: Level | None) -> None:
+    """Before anything is loaded from there.
+
+    Raises:
+        OSError: one of them is missing.
+    """
+    for wanted, file in ((selection, SELECTION), (level, LEVEL)):
+        if wanted is not None and not (folder / file).exists():
+            raise OSError(f"{folder} has no {file}; it was not written by a CoupledTrainer with these settings")
+
+
+def load_beside(folder: Path, selection: nn.Module | None, level: Level | None) -> None:
+    """What `save_beside` has written, into these."""
+    if isinstance(selection, FeatureSelection):
+        selection.load_state_dict(FeatureSelection.from_pretrained(folder / SELECTION).state_dict())
+    elif selection is not None:
+        selection.load_state_dict(load_ranker(folder / SELECTION, "cross_encoder").state_dict())
+    if level is not None:
+        level.load_state_dict(load_file(folder / LEVEL))

@@ -16,9 +16,10 @@ import pytest
 import yaml
 from trl import TrlParser
 
-from negtune.cli.recipe import parsed, run_recipe
+from negtune.cli.recipe import parsed
 from negtune.records import read_jsonl
 from negtune.rollouts.store import RecordStore
+from tests.recipes.mistakes import mistake
 from tests.recipes.test_recipes import ROOT, launch
 
 GRID = ROOT / "recipes" / "preference" / "grid.py"
@@ -116,17 +117,6 @@ def test_answers_of_another_draw_are_not_taken_for_those_of_this_one(recipe, tmp
 )
 def test_a_mistake_in_a_flag_is_one_line(recipe, monkeypatch, capsys, tmp_path, flags, message):
     assert message in mistake(recipe[0].main, monkeypatch, capsys, ["--output_dir", str(tmp_path), *flags])
-
-
-def mistake(main, monkeypatch, capsys, flags: list[str]) -> str:
-    """What a recipe says before it leaves with 1."""
-    monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
-    with pytest.raises(SystemExit) as left:
-        run_recipe(main)
-    assert left.value.code == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(said) == 1
-    return said[0]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
 
 from negtune.records import read_jsonl
 from negtune.retrieval.mining import read_lists
+from tests.recipes.mistakes import mistake
 from tests.recipes.test_recipes import ROOT, launch
 from tests.retrieval.tiny_rankers import needs_adapters
 
@@ -170,12 +173,11 @@ def test_the_comparison_goes_on_where_it_was_stopped_and_tests_over_queries(tmp_
         ("{trainer: mnrl, k: 3}", "arm 'last': mnrl has no setting 'k'"),
     ],
 )
-def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm, message):
+def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, monkeypatch, capsys, arm, message):
     grid = tmp_path / "grid.yaml"
     grid.write_text(COMPARE.with_suffix(".yaml").read_text() + f"  last: {arm}\n")
-    done = compare(tmp_path / "out", "--smoke", "--grid", str(grid))
-    assert done.returncode == 1
-    assert re.search(message, done.stderr.splitlines()[-1])
+    flags = ["--smoke", "--grid", str(grid), "--output_dir", str(tmp_path / "out")]
+    assert re.search(message, mistake(main_of("compare", monkeypatch), monkeypatch, capsys, flags))
     assert not (tmp_path / "out" / "runs.jsonl").exists()
 
 
@@ -192,12 +194,15 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm,
         ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, recipe, flags, message):
-    script = ROOT / "recipes" / "retrieval" / f"{recipe}.py"
-    command = [sys.executable, str(script), "--config", str(script.with_suffix(".yaml")), "--smoke", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, recipe, flags, message):
+    config = ROOT / "recipes" / "retrieval" / f"{recipe}.yaml"
+    flags = ["--config", str(config), "--smoke", *flags, "--output_dir", str(tmp_path)]
+    said = mistake(main_of(recipe, monkeypatch), monkeypatch, capsys, flags)
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def main_of(recipe: str, monkeypatch) -> Callable[[], None]:
+    """Of a script of this folder."""
+    monkeypatch.syspath_prepend(str(COMPARE.parent))
+    return importlib.import_module(recipe).main

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import shutil
 import socket
@@ -41,7 +42,11 @@ from negtune.rollouts.sampler import (
     make_rollout,
 )
 
+logger = logging.getLogger(__name__)
+
 ENGINE = "vllm server"
+SILENT_TRIES = 3
+"""A request that has failed so often says that it waits."""
 
 
 class ServerError(RuntimeError):
@@ -296,8 +301,9 @@ class _Server:
     def _ask(
         self, method: str, path: str, body: Any, accept: Sequence[int] = (), refusal: int = 0, *, text: bool = False
     ) -> Any:
-        wait, failing_since, dropped = 0.25, None, self._dropped
+        wait, tries, failing_since, dropped = 0.25, 0, None, self._dropped
         while True:
+            tries += 1
             try:
                 status, content = self.once(method, path, body)
                 retry = status >= 500 and status != refusal
@@ -314,6 +320,8 @@ class _Server:
                 raise ServerError(
                     f"{self.url}{path}: {failure}, for {now - failing_since:.0f} s; is the server running?", status
                 )
+            if tries == SILENT_TRIES:
+                logger.warning("%s%s: %s; tried again for %g s", self.url, path, failure, self._patience)
             time.sleep(wait)
             wait = min(2 * wait, 10.0)
 

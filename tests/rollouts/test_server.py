@@ -372,10 +372,16 @@ def test_a_server_killed_in_mid_batch_and_started_again_loses_and_doubles_nothin
     sampler.close()
 
 
-def test_a_server_that_is_not_there_is_named(tiny):
+def test_a_server_that_is_not_there_is_named(tiny, caplog):
     model = get_peft_model(tiny[0], LoraConfig(**LORA))
     with pytest.raises(ServerError, match=r"127.0.0.1:1/v1/models: ConnectionRefusedError.* is the server running"):
         VLLMServerSampler(model, tiny[1], "http://127.0.0.1:1", patience=0.5)
+    assert not caplog.records
+    with pytest.raises(ServerError, match="is the server running"):
+        VLLMServerSampler(model, tiny[1], "http://127.0.0.1:1", patience=2)  # tries at 0, .25, .75 and 1.75 s
+    (said,) = caplog.messages
+    assert "http://127.0.0.1:1/v1/models: ConnectionRefusedError" in said
+    assert "tried again for 2 s" in said
     with pytest.raises(ValueError, match="url must be http"):
         VLLMServerSampler(model, tiny[1], "localhost:8000")
     with pytest.raises(ValueError, match="LoRA adapters only"):

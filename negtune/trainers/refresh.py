@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from negtune.data.retrieval import RetrievalTask
-from negtune.retrieval.mining import CandidateList, Mined, mine, read_lists, to_rows, write_lists
+from negtune.retrieval.choice import SimANS, mine_negatives
+from negtune.retrieval.evaluation import scorer
+from negtune.retrieval.mining import CandidateList, Mined, read_lists, to_rows, write_lists
+from negtune.retrieval.negatives import PairScorer
 from negtune.retrieval.retrievers import DenseRetriever, Retriever, RunRetriever
 from negtune.trainers.ranking import RankingTrainer
 
 FOLDER, FILE = "lists", "step-{step}.jsonl"
+MODEL = "dense"
+"""In rules: the scores of the model that is trained, as it is at each refresh."""
 
 
 class RefreshNegatives(TrainerCallback):
@@ -28,6 +33,9 @@ class RefreshNegatives(TrainerCallback):
     ANCE (https://arxiv.org/abs/2007.00808) does this beside the training, with other machines: its trainer goes on
     with lists of an older checkpoint until the new ones are there. Here training waits. Lists are those of the weights
     that go on, at the price of the time that encoding takes, and the same run twice gives the same lists.
+
+    Rules against false negatives (`rules`, `select=SimANS(...)`, `by`) hold at each refresh, by the scores of the model
+    as it is then where they name `dense`: what they read and its search did not give is scored.
 
     `lists/step-N.jsonl` in the output folder says where the documents of every list were found; the model's ranks are
     under `dense@N`. A run that is resumed takes its lists from there. Every process mines for itself. A query for which
@@ -43,10 +51,10 @@ class RefreshNegatives(TrainerCallback):
         every_steps, every_epochs: one of the two.
         retrievers: others whose documents are pooled with the model's, such as BM25; asked again each time.
         batch_size: texts embedded at a time.
-        settings: of `mine`; `seed` grows by the step.
+        settings: of `retrieval.choice.mine_negatives`; `seed` grows by the step.
 
     Raises:
-        ValueError: lists that are not the train set's, settings that `mine` does not take, or a trainer that cannot
+        ValueError: lists that are not the train set's, settings that mining does not take, or a trainer that cannot
             change its lists: another one than `RankingTrainer`, of a stream, with workers that load data, or with
             scores for each document of a row.
     """
@@ -131,9 +139,29 @@ class RefreshNegatives(TrainerCallback):
         )
 
     def _mined(self, step: int) -> Mined:
-        dense = DenseRetriever(self.trainer.model, self.task.corpus, batch_size=self.batch_size, name=f"dense@{step}")
-        settings = {**self.settings, "seed": self.settings.get("seed", 0) + step}
-        return mine(self.task, [dense, *self.retrievers], **settings)
+        model, size = self.trainer.model, self.batch_size
+        dense = DenseRetriever(model, self.task.corpus, batch_size=size, name=_name(step))
+        return mine_negatives(self.task, [dense, *self.retrievers], **self._settings(step, scorer(model, size)))
+
+    def _settings(self, step: int, score: PairScorer) -> dict[str, Any]:
+        """Of `mine_negatives` at a step; `score` is that of the model."""
+        found = {**self.settings, "seed": self.settings.get("seed", 0) + step}
+        if MODEL not in self._read():
+            return found
+
+        def named(one: Any) -> Any:
+            return replace(one, scorer=_name(step)) if is_dataclass(one) and one.scorer == MODEL else one
+
+        found["rules"] = [named(rule) for rule in found.get("rules", ())]
+        found |= {"select": named(found["select"])} if isinstance(found.get("select"), SimANS) else {}
+        found |= {"by": _name(step)} if found.get("by") == MODEL else {}
+        return {"score": score, "scorer": _name(step), **found}
+
+    def _read(self) -> list[str]:
+        """Names of the scorers that rules and choice read."""
+        select, by = self.settings.get("select"), self.settings.get("by")
+        names = [rule.scorer for rule in self.settings.get("rules", ())]
+        return names + ([select.scorer] if isinstance(select, SimANS) else []) + ([by] if by is not None else [])
 
     def _long_enough(self, one: CandidateList) -> bool:
         return len(one.document_ids) >= (self.trainer.args.places or 1)
@@ -188,15 +216,27 @@ class RefreshNegatives(TrainerCallback):
 
     def _check_settings(self) -> None:
         """Try them on one query, without the model."""
+        others = [retriever.name for retriever in self.retrievers]
+        if MODEL in others:
+            raise ValueError(f"{MODEL!r} is the model that is trained; give the other retriever another name")
+        known = [MODEL, *others, *([self.settings["scorer"]] if "scorer" in self.settings else [])]
+        for name in self._read():
+            if name not in known:
+                raise ValueError(f"rules read the scores of {name!r}, and there are those of {', '.join(known)}")
         one = self.task.only([self.lists[0].query_id])
-        empty = RunRetriever({}, "dense@0")
+        empty = RunRetriever({}, _name(0))
         try:
-            mine(one, [empty, *self.retrievers], **self.settings)
+            mine_negatives(one, [empty, *self.retrievers], **self._settings(0, lambda pairs: [0.0] * len(pairs)))
         except TypeError as error:
             raise ValueError(f"settings of mine: {error}") from None
         places, longest = self.trainer.args.places or 1, self.settings.get("n_documents", 16)
         if longest < places:
             raise ValueError(f"n_documents={longest} is shorter than the objective's k={places}; raise it, or lower k")
+
+
+def _name(step: int) -> str:
+    """Of the model's ranks and scores."""
+    return f"{MODEL}@{step}"
 
 
 class _Current:

@@ -11,7 +11,10 @@ pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
 from negtune.data.retrieval import RetrievalTask, synthetic_retrieval
 from negtune.models.tiny_encoder import tiny_encoder
 from negtune.records import read_jsonl
+from negtune.retrieval.choice import SimANS, mine_negatives
+from negtune.retrieval.evaluation import scorer
 from negtune.retrieval.mining import mine, read_lists, to_rows
+from negtune.retrieval.negatives import PercentOfPositive, RankWindow, RelativeMargin
 from negtune.retrieval.retrievers import DenseRetriever, RunRetriever
 from negtune.trainers.ranking import RankingConfig, RankingTrainer
 from negtune.trainers.refresh import RefreshNegatives
@@ -33,13 +36,12 @@ def first_lists(model, task=TASK, **settings):
     return mine(task, [DenseRetriever(model, task.corpus)], **{**MINED, **settings}).lists
 
 
-def refreshed(folder, model=None, task=TASK, every=None, mined=None, retrievers=(), **settings):
+def refreshed(folder, model=None, task=TASK, every=None, mined=None, retrievers=(), rules=None, **settings):
     model = tiny_encoder() if model is None else model
     lists = first_lists(model, task, **(mined or {}))
     trainer = RankingTrainer(model, config(folder, **settings), to_rows(lists))
-    refresh = RefreshNegatives(
-        trainer, task, lists, **(every or {"every_steps": 2}), retrievers=retrievers, **{**MINED, **(mined or {})}
-    )
+    again = {**MINED, **(mined or {}), **(rules or {})}
+    refresh = RefreshNegatives(trainer, task, lists, **(every or {"every_steps": 2}), retrievers=retrievers, **again)
     trainer.add_callback(refresh)
     return trainer, refresh
 
@@ -96,6 +98,38 @@ def test_lists_are_those_that_mining_with_the_model_of_that_step_gives(tmp_path)
     assert [one.document_ids for one in found] == [one.document_ids for one in expected]
     assert [one.ranks for one in found] == [one.ranks for one in expected]
     assert list(found[0].ranks) == ["dense@2"]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"rules": [RelativeMargin("dense", 0.02)]},
+        {"select": SimANS("dense", 200.0, -0.1)},
+        pytest.param(
+            {"rules": [PercentOfPositive("dense", 0.9, shift=1.0), RankWindow("other", skip=1)]}, marks=pytest.mark.slow
+        ),
+        pytest.param({"by": "dense"}, marks=pytest.mark.slow),
+    ],
+    ids=["margin", "simans", "percent", "by"],
+)
+def test_rules_hold_at_a_refresh_by_the_scores_of_the_model_as_it_is_then(tmp_path, chosen):
+    """The same rules on the model of the checkpoint, by hand; they do take something out, or change what is chosen."""
+    from sentence_transformers import SentenceTransformer
+
+    ids = list(TASK.corpus)
+    other = RunRetriever({q: dict.fromkeys([*ids[::7], *TASK.positives(q)], 1.0) for q in TASK.queries}, "other")
+    settings = {**MINED, "depth": 12, **chosen}
+    more = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    trainer, _ = refreshed(tmp_path, mined={"depth": 12}, rules=chosen, retrievers=[other], **more)
+    trainer.train()
+    model = SentenceTransformer(str(tmp_path / "checkpoint-2"), device="cpu")
+    retrievers = [DenseRetriever(model, TASK.corpus), other]
+    expected = mine_negatives(TASK, retrievers, score=scorer(model), scorer="dense", **settings, seed=2)
+    found = read_lists(tmp_path / "lists" / "step-2.jsonl")
+    assert [one.document_ids for one in found] == [one.document_ids for one in expected.lists]
+    assert all(None not in one.scores["dense@2"] for one in found)
+    plain = mine(TASK, retrievers, **{**MINED, "depth": 12}, seed=2).lists
+    assert [one.document_ids for one in found] != [one.document_ids for one in plain]
 
 
 def test_training_is_that_of_two_trainers_one_behind_the_other(tmp_path):
@@ -273,6 +307,10 @@ def test_two_processes_train_like_one(tmp_path):
         ({"every_steps": 2}, {"n_documents": 1}, {}, "a list needs a positive and a negative"),
         ({"every_steps": 2}, {"width": 3}, {}, "settings of mine: .*width"),
         ({"every_steps": 2}, {"n_documents": 4}, {"loss_type": "pg_rank", "k": 5}, "n_documents=4 is shorter than"),
+        ({"every_steps": 2}, {"rules": [RelativeMargin("bm25")]}, {}, "rules read the scores of 'bm25', and there are"),
+        ({"every_steps": 2}, {"select": SimANS("x", 1.0)}, {}, "rules read the scores of 'x', and there are"),
+        ({"every_steps": 2}, {"by": "dense", "select": "random"}, {}, "orders select='top' only"),
+        ({"every_steps": 2}, {"retrievers": [RunRetriever({}, "dense")]}, {}, "'dense' is the model that is trained"),
         ({"every_steps": 2}, {}, {"dataloader_num_workers": 1}, "workers that load data keep the old lists"),
         ({"every_steps": 2}, {}, {"loss_type": "pg_rank", "k": 3, "kl_weight": 0.1}, "kl_weight and objectives with a"),
     ],

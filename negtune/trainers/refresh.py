@@ -35,7 +35,8 @@ class RefreshNegatives(TrainerCallback):
     that go on, at the price of the time that encoding takes, and the same run twice gives the same lists.
 
     Rules against false negatives (`rules`, `select=SimANS(...)`, `by`) hold at each refresh, by the scores of the model
-    as it is then where they name `dense`: what they read and its search did not give is scored.
+    as it is then where they name `dense`: what they read and its search did not give is scored. What a rule took out of
+    a query's list can still be its negative where another query of the batch has it.
 
     `lists/step-N.jsonl` in the output folder says where the documents of every list were found; the model's ranks are
     under `dense@N`. A run that is resumed takes its lists from there. Every process mines for itself. A query for which

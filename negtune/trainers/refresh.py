@@ -114,7 +114,9 @@ class RefreshNegatives(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % (self.every_steps or 1) == 0 and state.global_step < state.max_steps:
+            due = control.should_log
             self._refresh(state.global_step)
+            control.should_log = due  # the host takes any log of a step for that of its loss
 
     # --- what ---------------------------------------------------------------------------------------------------------
 

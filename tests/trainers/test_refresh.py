@@ -195,6 +195,8 @@ def test_what_a_refresh_did_is_logged(tmp_path):
     assert 0 < row["refresh/changed"] < 1
     assert row["refresh/kept"] == 0
     assert row["refresh/seconds"] > 0
+    losses = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert losses == [1, 2, 3]  # that of the step of the refresh too
 
 
 def test_a_query_without_a_new_list_keeps_its_own(tmp_path):

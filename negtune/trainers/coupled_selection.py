@@ -81,7 +81,16 @@ def _of_features(rows: Any, args: CoupledConfig) -> FeatureSelection:
     apart = -(-len(rows) // MOST_LISTS)
     lists = rows.select(range(0, len(rows), apart))["selection_features"]
     features = torch.tensor([document for one in lists for document in one], dtype=torch.float64)
-    return FeatureSelection(features.shape[-1], args.selection_hidden, args.seed).standardise(features)
+    found = FeatureSelection(features.shape[-1], args.selection_hidden, args.seed).standardise(features)
+    if bool(found.deviation.isinf().all()):
+        warnings.warn(
+            "selection_features are the same for all documents: they say nothing of which were selected, and labels "
+            "cannot tell relevance from selection then. Give those that retrievers rank differently, or "
+            "selection_propensity",
+            CoupledWarning,
+            stacklevel=4,
+        )
+    return found
 
 
 def _check(selection: Any, ranker: nn.Module, rows: Any, featured: bool) -> None:

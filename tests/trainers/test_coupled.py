@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +205,18 @@ def test_the_same_model_twice_stays_the_same_and_is_warned_of(tmp_path):
     assert_close(ours, theirs, atol=0, rtol=0)
     start = dict(cross_encoder(tmp_path / "model").named_parameters())
     assert max(float((start[name] - value).detach().abs().max()) for name, value in ours.items()) > 1e-3
+
+
+def test_features_that_say_nothing_are_warned_of(tmp_path):
+    data = with_features(rows(4))
+    for row in data:
+        row["selection_features"] = [[1.0, 2.0]] * len(row["documents"])
+    with pytest.warns(CoupledWarning, match="selection_features are the same for all documents: they say nothing"):
+        trainer_of(static_encoder(), tmp_path, data, mode="em")
+    data[0]["selection_features"] = [[1.0, 2.0], *[[1.0, 3.0]] * (len(data[0]["documents"]) - 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoupledWarning)
+        trainer_of(static_encoder(), tmp_path, data, mode="em")
 
 
 # --- Direction --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from negtune.data.retrieval import RetrievalTask
+from negtune.records import read_json, write_json
 from negtune.retrieval.choice import SimANS, mine_negatives
 from negtune.retrieval.evaluation import scorer
 from negtune.retrieval.mining import CandidateList, Mined, read_lists, to_rows, write_lists
@@ -18,7 +19,7 @@ from negtune.retrieval.negatives import PairScorer
 from negtune.retrieval.retrievers import DenseRetriever, Retriever, RunRetriever
 from negtune.trainers.ranking import RankingTrainer
 
-FOLDER, FILE = "lists", "step-{step}.jsonl"
+FOLDER, FILE, DROPPED = "lists", "step-{step}.jsonl", "dropped-{step}.json"
 MODEL = "dense"
 """In rules: the scores of the model that is trained, as it is at each refresh."""
 
@@ -36,11 +37,13 @@ class RefreshNegatives(TrainerCallback):
 
     Rules against false negatives (`rules`, `select=SimANS(...)`, `by`) hold at each refresh, by the scores of the model
     as it is then where they name `dense`: what they read and its search did not give is scored. What a rule took out of
-    a query's list can still be its negative where another query of the batch has it.
+    a query's list is then none of its negatives in a batch either, if rows have `known_positives`. Of a judge's labels
+    new lists know what the task's judgements say.
 
-    `lists/step-N.jsonl` in the output folder says where the documents of every list were found; the model's ranks are
-    under `dense@N`. A run that is resumed takes its lists from there. Every process mines for itself. A query for which
-    mining finds no list, or one that is shorter than the objective's k, keeps the one it has.
+    `lists/step-N.jsonl` in the output folder says where the documents of every list were found, the model's ranks being
+    under `dense@N`, and `dropped-N.json` what rules took out. A run that is resumed takes its lists from there. Every
+    process mines for itself. A query for which mining finds no list, or one that is shorter than the objective's k,
+    keeps the one it has.
 
     Logged at each refresh: `refresh/changed`, share of negatives that were not in the query's list; `refresh/kept`,
     share of queries that kept theirs; `refresh/seconds`.
@@ -48,7 +51,8 @@ class RefreshNegatives(TrainerCallback):
     Args:
         trainer: of a bi-encoder.
         task: with the queries of the lists.
-        lists: what the trainer's train set was made of, `to_rows(lists)`, or `to_rows(lists, task=task)`.
+        lists: what the trainer's train set was made of, `to_rows(lists)`, or `to_rows(lists, task=task)`: a `Mined`, or
+            its lists.
         every_steps, every_epochs: one of the two.
         retrievers: others whose documents are pooled with the model's, such as BM25; asked again each time.
         batch_size: texts embedded at a time.
@@ -64,7 +68,7 @@ class RefreshNegatives(TrainerCallback):
         self,
         trainer: RankingTrainer,
         task: RetrievalTask,
-        lists: Sequence[CandidateList],
+        lists: Mined | Sequence[CandidateList],
         *,
         every_steps: int | None = None,
         every_epochs: int | None = None,
@@ -81,10 +85,12 @@ class RefreshNegatives(TrainerCallback):
         self.trainer, self.task, self.settings = trainer, task, settings
         self.every_steps, self.every_epochs = every_steps, every_epochs
         self.retrievers, self.batch_size = list(retrievers), batch_size
-        self.lists = list(lists)
+        first = lists if isinstance(lists, Mined) else Mined(list(lists))
+        self.lists = first.lists
         self._check_lists(trainer.train_dataset)
         self._check_settings()
-        self._use(self.lists)
+        self._use(first.lists, first.dropped)
+        self._check_known(trainer.train_dataset)
         if others := set(trainer.train_dataset.column_names) - set(self._rows.column_names):
             raise ValueError(f"train rows have {', '.join(sorted(others))}, which mined lists lack; leave them out")
         trainer.train_dataset = trainer.train_dataset.with_transform(_Current(self))
@@ -98,13 +104,15 @@ class RefreshNegatives(TrainerCallback):
             self.every_steps = self.every_epochs * per_epoch
         step, due = state.global_step, state.global_step - state.global_step % (self.every_steps or 1)
         if state.is_world_process_zero:
-            for path in self._folder.glob(FILE.format(step="*")):
+            for path in [*self._folder.glob(FILE.format(step="*")), *self._folder.glob(DROPPED.format(step="*"))]:
                 if int(path.stem.partition("-")[2]) > step:
                     path.unlink()
         if due == 0:
             self._write(0)
         elif self._path(due).exists():
-            self._use([self._with_texts(one) for one in read_lists(self._path(due))])
+            dropped = self._path(due, DROPPED)
+            lists = [self._with_texts(one) for one in read_lists(self._path(due))]
+            self._use(lists, read_json(dropped) if dropped.exists() else {})
         elif due == step:  # the run had ended here, and had no use for new lists
             self._refresh(step)
         else:
@@ -122,8 +130,11 @@ class RefreshNegatives(TrainerCallback):
 
     def _refresh(self, step: int) -> None:
         start, before = time.perf_counter(), self.lists
-        found = {one.query_id: one for one in self._mined(step).lists if self._long_enough(one)}
-        self._use([found.get(one.query_id, one) for one in before])
+        mined = self._mined(step)
+        found = {one.query_id: one for one in mined.lists if self._long_enough(one)}
+        dropped = {q: d for q, d in self.dropped.items() if q not in found}
+        dropped |= {q: d for q, d in mined.dropped.items() if q in found}
+        self._use([found.get(one.query_id, one) for one in before], dropped)
         self.trainer.relist = self.rows
         self._write(step)
         new = [
@@ -169,10 +180,11 @@ class RefreshNegatives(TrainerCallback):
     def _long_enough(self, one: CandidateList) -> bool:
         return len(one.document_ids) >= (self.trainer.args.places or 1)
 
-    def _use(self, lists: list[CandidateList]) -> None:
-        self.lists = lists
+    def _use(self, lists: list[CandidateList], dropped: dict[str, dict[str, str]]) -> None:
+        self.lists, self.dropped = lists, dropped
         named = "known_positives" in self.trainer.train_dataset.column_names
-        self._rows = self.trainer.checked_rows(to_rows(lists, task=self.task if named else None), "mined")
+        rows = to_rows(Mined(lists, dropped=dropped), task=self.task if named else None)
+        self._rows = self.trainer.checked_rows(rows, "mined")
         self._place = {row: place for place, row in enumerate(self._rows["row"])}
 
     def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -185,14 +197,16 @@ class RefreshNegatives(TrainerCallback):
     def _folder(self) -> Path:
         return Path(self.trainer.args.output_dir) / FOLDER
 
-    def _path(self, step: int) -> Path:
-        return self._folder / FILE.format(step=step)
+    def _path(self, step: int, name: str = FILE) -> Path:
+        return self._folder / name.format(step=step)
 
     def _write(self, step: int) -> None:
         if not self.trainer.is_world_process_zero():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         redacted = [replace(one, query="", documents=[""] * len(one.documents)) for one in self.lists]
+        if self.dropped:
+            write_json(self._path(step, DROPPED), self.dropped)
         write_lists(self._path(step), redacted if self.trainer.args.redact else self.lists)
 
     def _with_texts(self, one: CandidateList) -> CandidateList:
@@ -215,6 +229,17 @@ class RefreshNegatives(TrainerCallback):
                 raise ValueError(
                     f"train row {number} (query {self.lists[number].query_id}) has other documents than its list; make "
                     "the train set of the same lists, to_rows(lists)"
+                )
+
+    def _check_known(self, rows: Any) -> None:
+        if "known_positives" not in rows.column_names:
+            return
+        for row in rows.select_columns(["row", "known_positives"]):
+            one = self.lists[row["row"]]
+            if row["known_positives"] != self.rows([row["row"]])[0]["known_positives"]:
+                raise ValueError(
+                    f"train row {row['row']} (query {one.query_id}) has other known_positives than its list and the "
+                    "task say; if a rule or a judge took documents out, give the Mined that the rows were made of"
                 )
 
     def _check_settings(self) -> None:

@@ -372,6 +372,45 @@ def test_what_is_known_to_be_relevant_is_no_negative_of_the_batch_after_a_refres
     assert any(set(row["known_positives"]) - set(row["document_ids"]) for row in found)
 
 
+def test_what_a_rule_took_out_is_no_negative_of_the_batch_either(tmp_path):
+    """Before the first refresh, behind it, and in a run that is resumed."""
+    strict = {"rules": [RelativeMargin("dense", 0.3)], "depth": 12}
+
+    def trainer(**more):
+        model = tiny_encoder()
+        mined = mine_negatives(
+            TASK, [DenseRetriever(model, TASK.corpus)], score=scorer(model), scorer="dense", **{**MINED, **strict}
+        )
+        settings = {"loss_type": "masked_infonce", "k": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        rows = to_rows(mined, task=TASK)
+        found = RankingTrainer(model, config(tmp_path, **settings, **more), rows)
+        refresh = RefreshNegatives(found, TASK, mined, every_steps=2, **{**MINED, **strict})
+        found.add_callback(refresh)
+        assert [row["known_positives"] for row in found.train_dataset] == [row["known_positives"] for row in rows]
+        return found, refresh, mined
+
+    first, refresh, mined = trainer()
+    assert mined.dropped
+    first.train()
+    known = [row["known_positives"] for row in refresh.rows(first.train_dataset["row"])]
+    assert refresh.dropped
+    assert refresh.dropped != mined.dropped
+    for one, named in zip(refresh.lists, known, strict=True):
+        assert set(named) >= refresh.dropped.get(one.query_id, {}).keys() - set(one.document_ids)
+    resumed, again, _ = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [row["known_positives"] for row in again.rows(resumed.train_dataset["row"])] == known
+
+
+def test_lists_without_what_was_dropped_are_not_those_of_the_rows(tmp_path):
+    model = tiny_encoder()
+    rules = {"rules": [RelativeMargin("dense", 0.3)], "score": scorer(model), "scorer": "dense"}
+    mined = mine_negatives(TASK, [DenseRetriever(model, TASK.corpus)], **{**MINED, "depth": 12}, **rules)
+    trainer = RankingTrainer(model, config(tmp_path, loss_type="masked_infonce", k=None), to_rows(mined, task=TASK))
+    with pytest.raises(ValueError, match=r"train row 0 \(query .*\) has other known_positives .* give the Mined that"):
+        RefreshNegatives(trainer, TASK, mined.lists, every_steps=2, **MINED)
+
+
 @pytest.mark.filterwarnings("ignore::negtune.trainers.coupled.CoupledWarning")
 def test_a_trainer_whose_lists_say_more_is_refused(tmp_path):
     """The rows of CET have to say where documents come from, which mined lists do not."""

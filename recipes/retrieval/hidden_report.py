@@ -207,7 +207,8 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
         axes[row][0].set_ylabel("nDCG@10, all test labels")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    shown = next(ax for ax in axes.flat if ax.get_visible())  # all have the same lines
+    handles, labels = shown.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)

@@ -131,7 +131,7 @@ def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
 
 
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):
-    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--use_peft", "false")
+    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--max_length", "12")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     arms = metrics["arms"]
@@ -187,8 +187,11 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, arm,
         ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
         ("adore", ["--metric_cut", "0"], "metric_cut counts places and must be at least 1, got 0"),
         ("star", ["--loss_type", "pg_rank"], "take star or masked_infonce, or --in_batch true with another objective"),
+        ("cet", ["--uniform_steps", "4"], "--uniform_steps 4 of --max_steps 4 leaves no step with weights"),
+        ("cet", ["--pool_depth", "-1"], "--pool_depth must be at least 1, got -1"),
         ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
         ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
+        ("asymmetric", ["--model_name_or_path", "wordllama"], "which StaticEmbedding does not give"),
         ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),
     ],
 )

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from search_task import at_least
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -132,7 +133,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     arms.add("trained", model)
-    print(write_report(folder)[-1])
+    if PartialState().is_main_process:
+        print(write_report(folder)[-1])
 
 
 def read_passages(given: ContainmentArguments, seed: int) -> tuple[list[str], list[str], list[str]]:
@@ -224,6 +226,8 @@ class Arms:
             low, high = middle_of(draws - their_draws)
             row |= {f"minus {first}": value - theirs, f"minus {first}_low": low, f"minus {first}_high": high}
         finite = {key: value for key, value in more.items() if value != float("inf")}
+        if not PartialState().is_main_process:
+            return
         self.run.add_arm(arm, {**row, **metrics, **finite})
         print(f"{arm}: " + "  ".join(f"{key} {value:.4f}" for key, value in {**row, **metrics}.items()), flush=True)
 

@@ -131,7 +131,7 @@ def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
 
 
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):
-    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--max_length", "12")
+    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--max_length", "48")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     arms = metrics["arms"]

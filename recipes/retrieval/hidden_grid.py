@@ -68,7 +68,7 @@ class Grid:
         if self.max_positives >= self.n_documents:
             raise ValueError(f"max_positives={self.max_positives} leaves no negative in n_documents={self.n_documents}")
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline {self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
+            raise ValueError(f"baseline {self.baseline!r} is no arm; add it to {'; '.join(self.arms)}")
         for name, data in self.data.items():
             _check_data(name, data)
         for name in self.drawn:
@@ -213,7 +213,7 @@ def read_grid(args: argparse.Namespace) -> Grid:
                 raise ValueError(f"the file has no {name} {one!r}{beside}; it has {'; '.join(found[name])}")
         if wanted is not None:
             found[name] = {one: settings for one, settings in found[name].items() if one in wanted}
-    found["drawn"] = [name for name in found.get("drawn", []) if name in (DO_NOTHING, *found["arms"])]
+    found["drawn"] = [name for name in args.arms or found.get("drawn", []) if name in (DO_NOTHING, *found["arms"])]
     for share in args.shares or []:
         if not any(share in data.get("hidden", []) for data in found["data"].values()):
             raise ValueError(f"no data set of the file hides {share:g} of its positives; see hidden there")

@@ -116,6 +116,11 @@ def test_a_file_that_is_no_grid_is_told_of(modules, tmp_path, text, message):
         modules[0].read_grid(args)
 
 
+def test_arms_that_are_asked_for_are_drawn(modules, tmp_path):
+    args = modules[0].parser.parse_args(["--output_dir", str(tmp_path), "--only", "made up", "--arms", "mined", "STAR"])
+    assert modules[0].read_grid(args).drawn == ["mined", "STAR"]
+
+
 def test_a_collection_that_the_file_does_not_know_is_a_folder(modules, tmp_path):
     (tmp_path / "data" / "ours").mkdir(parents=True)
     flags = ["--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"), "--only", "ours"]

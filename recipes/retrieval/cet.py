@@ -103,7 +103,9 @@ def main() -> None:
     def add(arm: str, ranker: object) -> None:
         found = measured(ranker, split.test, lexical, search=searches)
         seen[arm] = found.per_query(first)
-        metrics = {**with_interval(found.stages["search" if searches else "rerank"], METRICS[0]), **found.metrics()}
+        stage, prefix = ("search", "") if searches else ("rerank", "rerank/")
+        known = with_interval(found.stages[stage], METRICS[0])
+        metrics = {**{f"{prefix}{name}": value for name, value in known.items()}, **found.metrics()}
         if not PartialState().is_main_process:
             return
         before = [other for other in ("labels as they are", "start") if other in seen and other != arm]

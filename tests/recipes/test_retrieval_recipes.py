@@ -17,7 +17,7 @@ pytest.importorskip("bm25s", reason="needs negtune[retrieval]")
 from negtune.records import read_jsonl
 from negtune.retrieval.mining import read_lists
 from tests.recipes.test_recipes import ROOT, launch
-from tests.retrieval.tiny_rankers import needs_adapters
+from tests.retrieval.tiny_rankers import bert_folder, needs_adapters
 
 COMPARE = ROOT / "recipes" / "retrieval" / "compare.py"
 
@@ -128,6 +128,18 @@ def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
     assert max(ranks) <= 20, "nothing else was judged"
     arguments = json.loads((tmp_path / "run.json").read_text())["arguments"]
     assert arguments["selection_learning_rate"] == 1e-2, "of features"
+
+
+@pytest.mark.slow
+def test_figures_of_two_cross_encoders_are_those_of_reranking(tmp_path):
+    folder = str(bert_folder(tmp_path / "bert", labels=1))
+    flags = ["--model_kind", "cross_encoder", "--model_name_or_path", folder, "--selection_model", folder]
+    done = launch("retrieval/cet.py", tmp_path / "run", "--smoke", "--mode", "official", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"rerank/ndcg@10", "rerank/ndcg@10_low", "rerank/mrr@10"} <= set(metrics["arms"]["CET official"])
+    assert "ndcg@10" not in metrics["primary"]
+    assert "rerank ndcg@10 on held-out queries" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):

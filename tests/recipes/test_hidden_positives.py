@@ -285,13 +285,19 @@ def test_tables_pair_by_seed_and_by_query_and_show_what_nothing_hidden_gives(mod
 def test_the_legend_is_there_if_only_one_way_was_run(modules, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    legends = []
-    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **kwargs: legends.append(labels))
+    legends, left = [], []
+
+    def legend(figure, handles, labels, **kwargs):
+        legends.append(labels)
+        left.extend(ax for ax in figure.axes if ax.get_visible() and ax.get_ylabel())
+
+    monkeypatch.setattr(Figure, "legend", legend)
     Cell = modules[1].Cell
     cells = [Cell("made up"), Cell("made up", "by rank", 0.5)]
     found = {cell: finished(modules, tmp_path, cell, cell.hidden / 10) for cell in cells}
     modules[2].draw(grid_of(modules), found, tmp_path / "plot.png")
     assert legends == [[DO_NOTHING, "mined"]]
+    assert [ax.yaxis.get_tick_params()["labelleft"] for ax in left] == [True]
 
 
 def test_lines_start_where_nothing_is_hidden(modules, tmp_path):

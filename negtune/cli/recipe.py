@@ -43,12 +43,19 @@ def parsed(parser: Any, smoke: Mapping[str, Any]) -> tuple[Any, ...]:
     Args:
         parser: whose first dataclass has `smoke`.
         smoke: settings of a smoke run; before those of the file, behind a flag that was typed.
+
+    Raises:
+        OSError: the checkpoint to resume from is no folder.
     """
+    parser.usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]; --help lists the flags"  # hundreds, else
     found = parser.parse_args_and_config()
-    if not found[0].smoke:
-        return found
-    flags = [text for name, value in smoke.items() for text in (f"--{name}", str(value))]
-    return parser.parse_args_and_config([*flags, *sys.argv[1:]])
+    if found[0].smoke:
+        flags = [text for name, value in smoke.items() for text in (f"--{name}", str(value))]
+        found = parser.parse_args_and_config([*flags, *sys.argv[1:]])
+    for folder in filter(None, (getattr(one, "resume_from_checkpoint", None) for one in found)):
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"--resume_from_checkpoint {folder} is no folder; {CHECKPOINT}")
+    return found
 
 
 def _leave_process_group() -> None:

@@ -103,6 +103,11 @@ def checked_positives(row: Mapping[str, Any], where: str, places: Mapping[str, i
         raise RowError(f"{where}: query must be a text that is not empty, got {query!r}")
     if isinstance(positives, str) or (positives is not None and not isinstance(positives, Sequence)):
         raise RowError(f"{where}: positives must be a list of ids or positions, got {positives!r}")
+    if positives is None and "documents" in row:
+        raise RowError(
+            f"{where} is a candidate list; here documents are searched for: give query and positives, their ids or "
+            "positions in the index, or a RetrievalTask"
+        )
     if not positives:
         raise RowError(f"{where} has no positive: nothing says what its search should find; drop the query")
     gains = [1.0] * len(positives) if row.get("gains") is None else list(row["gains"])

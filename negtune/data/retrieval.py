@@ -45,6 +45,8 @@ class RetrievalTask:
     qrels: dict[str, dict[str, float]]
 
     def __post_init__(self) -> None:
+        if not self.corpus:
+            raise RowError("the corpus has no documents: its file is empty, or all of them are without text")
         if not any(self.qrels.values()):
             raise RowError("no query has a judgement; name the split or qrels file that judges them")
         for query_id, gains in self.qrels.items():
@@ -377,7 +379,7 @@ def _find_qrels(folder: Path, split: str) -> Path:
     path = folder / "qrels" / f"{split}.tsv"
     if not path.is_file():
         splits = ", ".join(sorted(found.stem for found in path.parent.glob("*.tsv"))) or "none"
-        raise FileNotFoundError(f"no judgements {path}; splits that are there: {splits}. Or pass qrels_file")
+        raise FileNotFoundError(f"no judgements {path}; splits that are there: {splits}. Name one, or pass qrels_file")
     return path
 
 

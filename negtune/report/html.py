@@ -40,6 +40,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: normal; }
 td { white-space: nowrap; }
+.interval { display: block; font-size: .85rem; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .missing { color: var(--soft); font-style: italic; white-space: normal; }
 figure { margin: 1rem 0 1.8rem; }
@@ -112,7 +113,7 @@ def _note(text: str | None) -> list[str]:
 def _numbers(page: Page) -> list[str]:
     if page.table is None:
         return _note("Nothing was measured (metrics.json is missing).")
-    parts = [_table(page.table), *_note(ARROW_WORDS)]
+    parts = [_table(page.table), *_note(ARROW_WORDS), *_note(page.explained)]
     if page.others is not None:
         parts.append(f"<details><summary>Further metrics</summary>{_table(page.others)}</details>")
     return parts
@@ -127,9 +128,11 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    if cell.best:
-        return f"<td><strong>{escape(cell.text)}</strong></td>"
-    return f"<td{' class=missing' if cell.text == NOT_MEASURED else ''}>{escape(cell.text)}</td>"
+    if cell.text == NOT_MEASURED:
+        return f"<td class=missing>{NOT_MEASURED}</td>"
+    value, space, interval = cell.text.partition(" ")
+    text = escape(value) + (f'{space}<span class="interval">{escape(interval)}</span>' if interval else "")
+    return f"<td><strong>{text}</strong></td>" if cell.best else f"<td>{text}</td>"
 
 
 def _figure(plot: Plot) -> str:

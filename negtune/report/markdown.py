@@ -19,6 +19,7 @@ def render_markdown(page: Page, plots: Sequence[Plot], plots_note: str | None) -
     blocks += (
         [markdown_table(page.table), ARROW_WORDS] if page.table else ["Nothing was measured (metrics.json is missing)."]
     )
+    blocks += [escape(page.explained)] if page.explained else []
     if page.others:
         blocks += ["### Further metrics", markdown_table(page.others)]
     blocks.append("## Plots")

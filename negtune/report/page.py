@@ -49,6 +49,7 @@ class Page:
         headline: one sentence on both sides.
         answers: question and the sentences that answer it.
         table, others: primary metrics and the rest; None when there are none.
+        explained: what names in the table mean.
         pairs: up to `PAIRS` questions with answers; `pairs_note` says why there are none.
         facts: how the run was made; paper title and link apart in `paper`.
         arguments: `--name value` lines.
@@ -59,6 +60,7 @@ class Page:
     answers: list[tuple[str, list[str]]]
     table: Table | None
     others: Table | None
+    explained: str | None
     pairs: list[Pair]
     pairs_note: str | None
     facts: list[tuple[str, str]]
@@ -82,6 +84,7 @@ def build_page(folder: RunFolder, *, redact: bool = False) -> Page:
         answers=_answers(folder),
         table=metrics_table(metrics, metrics.primary) if metrics.primary else None,
         others=metrics_table(metrics, metrics.others) if metrics.others else None,
+        explained=ranking.explained(metrics) if words is ranking else None,
         pairs=pairs,
         pairs_note=_pairs_note(folder, redact, pairs),
         facts=_facts(folder.run),

@@ -217,7 +217,8 @@ def _arms(metrics: Metrics) -> tuple[str, str, str, Draw] | None:
         return figure
 
     title = "Metrics of each arm" if len(metrics.arms) != 2 else f"Metrics {' and '.join(metrics.arms)}"
-    return "before_after", title, "One group per metric, one bar per arm.", draw
+    lines = " Lines are 95 % intervals." if any(_ends(metrics, name) for name in names) else ""
+    return "before_after", title, f"One group per metric, one bar per arm.{lines}", draw
 
 
 def _weight(history: list[dict[str, Any]]) -> tuple[str, str, str, Draw] | None:

@@ -241,6 +241,8 @@ def search_pairs(
     """
     if k < 1:
         raise ValueError(f"k counts pairs of a query and must be at least 1, got {k}")
+    if math.isnan(threshold):
+        raise ValueError("threshold is the least score of a pair, got nan")
     index = ExactIndex(documents, [str(i) for i in range(len(documents))], "cosine")
     cosines, positions = index.search(queries, max(k, candidates), max_bytes=max_bytes)
     _tell_of_more(cosines, len(documents), threshold)
@@ -293,7 +295,11 @@ def _refuse_constant_norms(model: Any, probes: Sequence[str]) -> None:
     norms = vector_norm(encode(model, probes))
     if norms.max() - norms.min() > CONSTANT * norms.max():
         return
-    why = "it ends in Normalize" if isinstance(model[-1], Normalize) else "as after a LayerNorm"
+    why = "as after a LayerNorm"
+    if isinstance(model[-1], Normalize):
+        why = "it ends in Normalize"
+    elif isinstance(model[-1], MagnitudeHead):
+        why = "as where texts are equally long, or cut at max_seq_length"
     raise ValueError(
         f"the encoder gives all {len(probes)} probe texts the norm {norms.mean():.4g}, {why}: nothing to train; "
         "add_magnitude(model) gives it norms that it can learn (if it lacks the words of the probes, pass probes=)"

@@ -105,6 +105,9 @@ class MaxScore(_Rule):
     score: float
     kind: ClassVar[str] = "max_score"
 
+    def __post_init__(self) -> None:
+        _refuse_nan(self.score)
+
     def keeps(self, value: float, positive: float) -> bool:
         return value <= self.score
 
@@ -120,6 +123,9 @@ class MinScore(_Rule):
 
     score: float
     kind: ClassVar[str] = "min_score"
+
+    def __post_init__(self) -> None:
+        _refuse_nan(self.score)
 
     def keeps(self, value: float, positive: float) -> bool:
         return value >= self.score
@@ -398,6 +404,11 @@ def reference(one: CandidateList, rule: Rule, *, without: int | None = None) -> 
     if not known or len(known) < len(scores):
         return None
     return rule.positive(known)
+
+
+def _refuse_nan(score: float) -> None:
+    if math.isnan(score):
+        raise ValueError("score is a limit that scores are compared with, got nan")
 
 
 def _keeps(rule: Rule, one: CandidateList, place: int, positive: float) -> bool | None:

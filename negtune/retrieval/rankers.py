@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from negtune.data.completions import RowError
-from negtune.models.load import BUILT_IN, resolve
+from negtune.models import ModelError
+from negtune.models.load import BUILT_IN, HUB_ID, resolve
 from negtune.retrieval.encoder import load_encoder, refuse_pickles
 
 logger = logging.getLogger(__name__)
+
+NO_RERANKERS = ("minilm", "wordllama", "smollm2", "tiny")
+"""Names of bi-encoders, for which sentence-transformers would ask the Hub."""
 
 INSTRUCTION = "Judge whether the document is relevant to the query. The answer can only be yes or no."
 
@@ -52,9 +56,16 @@ def load_ranker(
     classes = {"cross_encoder": CrossEncoder, "multi_vector": MultiVectorEncoder}
     if kind not in classes:
         raise ValueError(f"unknown kind of model {kind!r}; choose bi_encoder, cross_encoder, multi_vector or causal_lm")
-    refuse_pickles(Path(name).expanduser())
+    folder, called = Path(name).expanduser(), kind.replace("_", "-")
+    if not folder.is_dir() and (str(name) in NO_RERANKERS or not HUB_ID.fullmatch(str(name))):
+        raise ModelError(f"no {called} {name}; give its folder or a Hub id")
+    refuse_pickles(folder)
     arguments = {"use_safetensors": True, **(model_kwargs or {})}
-    return classes[kind](str(name), model_kwargs=arguments, trust_remote_code=trust_remote_code)
+    try:
+        return classes[kind](str(name), model_kwargs=arguments, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        said = str(error).strip().split("\n")[0]
+        raise ModelError(f"cannot load {called} {name} ({said}); give its folder or a Hub id") from None
 
 
 def causal_reranker(

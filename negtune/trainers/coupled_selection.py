@@ -146,8 +146,12 @@ def check_beside(folder: Path, selection: nn.Module | None, level: Level | None)
     """Before anything is loaded from there.
 
     Raises:
-        OSError: one of them is missing.
+        OSError: one of them is missing, or there is a level that this mode has no use for.
     """
+    if not folder.is_dir():
+        raise OSError(f"no folder {folder}; a checkpoint is a folder checkpoint-N in the output folder of a run")
+    if level is None and (folder / LEVEL).exists():
+        raise OSError(f"{folder} has {LEVEL}, which this mode does not read; resume with the mode it was trained in")
     for wanted, file in ((selection, SELECTION), (level, LEVEL)):
         if wanted is not None and not (folder / file).exists():
             raise OSError(f"{folder} has no {file}; it was not written by a CoupledTrainer with these settings")

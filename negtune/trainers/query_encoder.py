@@ -276,7 +276,12 @@ class QueryEncoderTrainer(BaseTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         """As the host, with the lists that queries have found; another index is refused."""
         about = Path(checkpoint_path) / INDEX_FILE
-        if about.exists() and read_json(about)["fingerprint"] != self.fingerprint:
+        if not about.exists():
+            raise OSError(
+                f"{checkpoint_path} has no {INDEX_FILE}: it was not finished, or not written by a QueryEncoderTrainer; "
+                "resume from another one"
+            )
+        if read_json(about)["fingerprint"] != self.fingerprint:
             raise IndexChangedError(f"{checkpoint_path} was trained on another index; resume with that one")
         super()._load_from_checkpoint(checkpoint_path)
         seen = Path(checkpoint_path) / LISTS_FILE.format(rank=self.args.process_index)

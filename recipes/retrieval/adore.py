@@ -4,8 +4,9 @@ Paper       Optimizing Dense Retrieval Model Training with Hard Negatives (STAR,
 Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out: made up.
 Paper's     ADORE from STAR: the first 200 documents of an exact index, places up to 200 count, 32 queries a step,
             AdamW 5e-6, 6 epochs (released code).
-Here        Start: --model (minilm, wordllama, a folder, a Hub id), by default as it is; --warm_steps: InfoNCE on lists
-            of BM25 and the start before it. The index is made once. --loss_type: adore, pg_rank, lambda_rank, ...
+Here        Start: --model_name_or_path (minilm, wordllama, a folder, a Hub id), by default as it is; --warm_steps:
+            InfoNCE on lists of BM25 and the start before it. The index is made once. --loss_type: adore, pg_rank,
+            lambda_rank, ...
 Expected    MS MARCO passages, MRR@10: STAR .340 to ADORE .347; from in-batch negatives .264 to .316 (released code).
 Measured    recipes/README.md
 
@@ -19,7 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import METRICS, TaskArguments, bm25_run, indexed, measured, mined, numbers, read_task, to_train
+from search_task import (
+    METRICS,
+    TaskArguments,
+    at_least,
+    bm25_run,
+    indexed,
+    measured,
+    mined,
+    numbers,
+    read_task,
+    to_train,
+)
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -46,6 +58,9 @@ class QueryArguments(TaskArguments):
     warm_learning_rate: float = field(default=2e-5, metadata={"help": "Of them."})
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
 
+    def __post_init__(self) -> None:
+        at_least(self, warm_steps=0)
+
 
 def main() -> None:
     given, args, model_args = parsed(TrlParser((QueryArguments, QueryEncoderConfig, ModelConfig)), SMOKE)
@@ -54,6 +69,8 @@ def main() -> None:
         args.eval_strategy = IntervalStrategy.NO
     folder, name = Path(args.output_dir), model_args.model_name_or_path or "minilm"
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
+    if args.depth > len(split.train.corpus):
+        raise ValueError(f"--depth {args.depth} is more than the {len(split.train.corpus)} documents; lower it")
     model = to_train(name, args, model_args)
     run = Run(
         folder,

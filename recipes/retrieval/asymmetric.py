@@ -6,8 +6,9 @@ Data        --text FILE ... (plain text, also .gz), cut into passages; left out:
             and quotations of passages, and texts that contain a passage (hard negatives: the same cosine, the wrong way
             round). A quarter of the passages is not among the documents.
 Paper's     images; norm-ratio loss beside a metric-learning loss, discard the pair if |query| > |reference|.
-Here        A learned magnitude on top of --model (minilm, a folder, a Hub id); InfoNCE of cosines plus the norm-ratio
-            loss, sentence-transformers' own trainer. Weight and ratio of the scores are fitted on held-out passages.
+Here        A learned magnitude on top of --model_name_or_path (minilm, a folder, a Hub id); InfoNCE of cosines plus the
+            norm-ratio loss, sentence-transformers' own trainer. Weight and ratio of the scores are fitted on held-out
+            passages.
 Expected    Cosine finds the pair and takes it either way; norms tell the direction where word counts cannot.
 Measured    recipes/README.md
 
@@ -24,11 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from search_task import at_least
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
+from negtune._st_compat import has_static_embedding_input
 from negtune.cli.recipe import no_push, parsed, run_recipe
 from negtune.data.containment import (
     ContainmentTask,
@@ -81,6 +85,9 @@ class ContainmentArguments:
     max_length: int = field(default=256, metadata={"help": "Tokens of a text."})
     smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
+    def __post_init__(self) -> None:
+        at_least(self, max_length=1)
+
 
 def main() -> None:
     given, args, model_args = parsed(
@@ -96,12 +103,15 @@ def main() -> None:
     }
     set_seed(args.seed)
     model = load_ranker(name)
-    model.max_seq_length = min(given.max_length, model.max_seq_length or given.max_length)
+    if not has_static_embedding_input(model):
+        model.max_seq_length = min(given.max_length, model.max_seq_length or given.max_length)
     if (peft := get_peft_config(model_args)) is not None:
         model.add_adapter(peft)
     add_magnitude(model)
     loss = NormRatioLoss(
-        model, weight=given.weight, margin=given.margin, scale=given.scale, probes=[row["larger"] for row in rows[:8]]
+        model,
+        **{"weight": given.weight, "margin": given.margin, "scale": given.scale},
+        probes=[text for row in rows[:8] for text in (row["smaller"], row["larger"])],  # all larger ones may be cut
     )
     run = Run(
         folder,
@@ -123,7 +133,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     arms.add("trained", model)
-    print(write_report(folder)[-1])
+    if PartialState().is_main_process:
+        print(write_report(folder)[-1])
 
 
 def read_passages(given: ContainmentArguments, seed: int) -> tuple[list[str], list[str], list[str]]:
@@ -215,6 +226,8 @@ class Arms:
             low, high = middle_of(draws - their_draws)
             row |= {f"minus {first}": value - theirs, f"minus {first}_low": low, f"minus {first}_high": high}
         finite = {key: value for key, value in more.items() if value != float("inf")}
+        if not PartialState().is_main_process:
+            return
         self.run.add_arm(arm, {**row, **metrics, **finite})
         print(f"{arm}: " + "  ".join(f"{key} {value:.4f}" for key, value in {**row, **metrics}.items()), flush=True)
 

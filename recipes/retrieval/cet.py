@@ -7,7 +7,8 @@ Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out:
             keep all of theirs.
 Release's   Two cross-encoders (bert-base-uncased), each weighing the other's negatives by 1 + exp(logit/10), learning
             rate 3e-6, 32 pairs of a query a step, gradients clipped at 1 each. That is --model_kind cross_encoder
-            --selection_model NAME --mode official --learning_rate 3e-6.
+            --model_name_or_path NAME --selection_model NAME --mode official --learning_rate 3e-6, NAME being the folder
+            or Hub id of a cross-encoder.
 Here        --mode em with selection learned from where BM25 and the start had the documents: two models that read the
             same text cannot be told apart (docs/retrieval.md). --baseline: first the same steps, labels taken as they
             are.
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import METRICS, TaskArguments, bm25_run, measured, mined, numbers, read_task, to_train
+from search_task import METRICS, TaskArguments, at_least, bm25_run, measured, mined, numbers, read_task, to_train
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -37,6 +38,7 @@ from negtune.eval.run import Run
 from negtune.report import write_report
 from negtune.retrieval.evaluation import RetrievalEvaluator
 from negtune.retrieval.mining import to_rows, write_lists
+from negtune.retrieval.rankers import load_ranker
 from negtune.retrieval.selection import provenance
 from negtune.trainers.coupled import CoupledConfig, CoupledTrainer
 
@@ -64,12 +66,20 @@ class CetArguments(TaskArguments):
     baseline: bool = field(default=False, metadata={"help": "Train the same steps without weights too, and compare."})
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
 
+    def __post_init__(self) -> None:
+        at_least(self, n_documents=2, pool_depth=1)
+
 
 def main() -> None:
     given, args, model_args = parsed(TrlParser((CetArguments, CoupledConfig, ModelConfig)), SMOKE)
     no_push(args)
     if args.mode.startswith("ips"):
         raise ValueError(f"--mode {args.mode} needs propensities that are known, and those of mined lists are not")
+    if 0 < args.max_steps <= args.uniform_steps:
+        raise ValueError(
+            f"--uniform_steps {args.uniform_steps} of --max_steps {args.max_steps} leaves no step with weights: labels "
+            "would be taken as they are; lower it"
+        )
     searches = args.model_kind in ("auto", "bi_encoder")
     if not given.evaluate_search or not searches:
         args.eval_strategy = IntervalStrategy.NO
@@ -79,6 +89,7 @@ def main() -> None:
     split = read_task(given.data, train_split=given.train_split, test_share=given.test_share, seed=args.seed)
     train = split.train if given.pool_depth is None else split.train.pooled(bm25_run(split.train, given.pool_depth))
     model = to_train(name, args, model_args, "bi_encoder" if searches else args.model_kind)
+    selection = given.selection_model and load_ranker(given.selection_model, "cross_encoder")
     run = Run(
         folder,
         **{"seed": args.seed, "task": "ranking", "title": "Ranking with pooling bias corrected", "paper": PAPER},
@@ -92,11 +103,15 @@ def main() -> None:
     def add(arm: str, ranker: object) -> None:
         found = measured(ranker, split.test, lexical, search=searches)
         seen[arm] = found.per_query(first)
-        metrics = {**with_interval(found.stages["search" if searches else "rerank"], METRICS[0]), **found.metrics()}
+        stage, prefix = ("search", "") if searches else ("rerank", "rerank/")
+        known = with_interval(found.stages[stage], METRICS[0])
+        metrics = {**{f"{prefix}{name}": value for name, value in known.items()}, **found.metrics()}
         if not PartialState().is_main_process:
             return
         before = [other for other in ("labels as they are", "start") if other in seen and other != arm]
         run.add_arm(arm, {**metrics, **(against(seen[arm], seen[before[0]], before[0]) if before else {})})
+        if not args.redact:
+            run.add_answers("found first", found.answers(split.test), arm)
         print(f"{arm}: {numbers(found.metrics())}", flush=True)
 
     add("start", model)
@@ -108,14 +123,15 @@ def main() -> None:
         print(lists.counts(), flush=True)
         if not args.redact:
             write_lists(folder / "candidates.jsonl", lists.lists)
-    settings = {"train_dataset": rows, "selection": given.selection_model}
+    settings = {"train_dataset": rows, "selection": selection}
     if given.baseline:
         plain = replace(
             args,
             **{"uniform_steps": sys.maxsize, "output_dir": str(folder / "labels")},
             **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
         )
-        other = CoupledTrainer(copy.deepcopy(model), plain, peft_config=get_peft_config(model_args), **settings)
+        untrained = {**settings, "selection": copy.deepcopy(selection)}
+        other = CoupledTrainer(copy.deepcopy(model), plain, peft_config=get_peft_config(model_args), **untrained)
         other.train()
         add("labels as they are", other.model)
     trainer = CoupledTrainer(

@@ -68,7 +68,7 @@ class Grid:
         if self.max_positives >= self.n_documents:
             raise ValueError(f"max_positives={self.max_positives} leaves no negative in n_documents={self.n_documents}")
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline {self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
+            raise ValueError(f"baseline {self.baseline!r} is no arm; add it to {'; '.join(self.arms)}")
         for name, data in self.data.items():
             _check_data(name, data)
         for name in self.drawn:
@@ -193,7 +193,12 @@ def _check_data(name: str, data: Any) -> None:
 
 def read_grid(args: argparse.Namespace) -> Grid:
     """The file, with what the command line says instead."""
-    found = yaml.safe_load(args.grid.read_text())
+    try:
+        found = yaml.safe_load(args.grid.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.grid} is no YAML: {error}") from None
+    if not isinstance(found, dict) or not {"data", "arms"} <= found.keys():
+        raise ValueError(f"{args.grid} is no grid: it needs data and arms, as {Path(__file__).parent.name}/*.yaml")
     unknown = sorted(set(found) - {f.name for f in fields(Grid)})
     if unknown:
         raise ValueError(f"{args.grid} has {unknown[0]!r}, which a grid does not have")
@@ -204,10 +209,11 @@ def read_grid(args: argparse.Namespace) -> Grid:
     for name, wanted in (("data", args.only), ("arms", args.arms)):
         for one in wanted or []:
             if one not in found[name]:
-                raise ValueError(f"the file has no {name} {one!r}; it has {', '.join(found[name])}")
+                beside = f", nor is it a folder of --data_dir {args.data_dir}" if name == "data" else ""
+                raise ValueError(f"the file has no {name} {one!r}{beside}; it has {'; '.join(found[name])}")
         if wanted is not None:
             found[name] = {one: settings for one, settings in found[name].items() if one in wanted}
-    found["drawn"] = [name for name in found.get("drawn", []) if name in (DO_NOTHING, *found["arms"])]
+    found["drawn"] = [name for name in args.arms or found.get("drawn", []) if name in (DO_NOTHING, *found["arms"])]
     for share in args.shares or []:
         if not any(share in data.get("hidden", []) for data in found["data"].values()):
             raise ValueError(f"no data set of the file hides {share:g} of its positives; see hidden there")

@@ -235,6 +235,17 @@ def choices(found: Comparison) -> Choices:
     return {arm: (rate, found.options[arm]["scale"]) for arm, rate in found.rates.items()}
 
 
+def run_collection(grid: Grid, collection: Collection, found: dict[Cell, Comparison], folder: Path) -> None:
+    """All cells of a data set, added to `found`; what is known so far is written behind each."""
+    chosen: Choices = {}
+    for cell in grid.cells(collection.name):
+        found[cell] = run_cell(grid, collection, cell, chosen, folder)
+        chosen = choices(found[cell]) | chosen
+        (folder / "summary.md").write_text(summary(grid, found, folder))
+        draw(grid, found, folder / "hidden_positives.png")
+        print(f"{cell.name}: done", flush=True)
+
+
 def collection_of(grid: Grid, name: str, args: argparse.Namespace) -> Collection:
     source = grid.data[name].get("made_up") or args.data_dir / name
     depth = max(grid.depth, grid.static_depth)
@@ -257,13 +268,10 @@ def main() -> None:
             continue
         gc.collect()
         gc.freeze()  # the host collects garbage in every run, and what stays is much
-        chosen: Choices = {}
-        for cell in grid.cells(name):
-            found[cell] = run_cell(grid, collection, cell, chosen, args.output_dir)
-            chosen = choices(found[cell]) | chosen
-            (args.output_dir / "summary.md").write_text(summary(grid, found, args.output_dir))
-            draw(grid, found, args.output_dir / "hidden_positives.png")
-            print(f"{cell.name}: done", flush=True)
+        try:
+            run_collection(grid, collection, found, args.output_dir)
+        finally:
+            gc.unfreeze()  # else vLLM's libraries call all of it leaked as the process ends
     if found:
         print((args.output_dir / "summary.md").read_text())
 

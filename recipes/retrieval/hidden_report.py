@@ -181,11 +181,13 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
     if not panels:
         return
     sets = [data for data in grid.data if any(data == one for one, _ in panels)]
+    ways = [way for way in (UNIFORM, BY_RANK) if any(way == one for _, one in panels)]
+    size = (5 * len(ways), 3.4 * len(sets) + 0.9)
     figure, axes = pyplot.subplots(
-        len(sets), 2, figsize=(10, 3.4 * len(sets) + 0.9), squeeze=False, sharey="row", layout="constrained"
+        len(sets), len(ways), figsize=size, squeeze=False, sharey="row", layout="constrained"
     )
     for row, data in enumerate(sets):
-        for column, way in enumerate((UNIFORM, BY_RANK)):
+        for column, way in enumerate(ways):
             ax = axes[row][column]
             if (data, way) not in panels:
                 ax.set_visible(False)
@@ -206,9 +208,12 @@ def draw(grid: Any, found: Mapping[Cell, Comparison], file: Path) -> None:
             ax.set_xlabel("% of the training positives hidden")
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
-        axes[row][0].set_ylabel("nDCG@10, all test labels")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        left = next(ax for ax in axes[row] if ax.get_visible())
+        left.set_ylabel("nDCG@10, all test labels")
+        left.tick_params(labelleft=True)
+    shown = next(ax for ax in axes.flat if ax.get_visible())  # all have the same lines
+    handles, labels = shown.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(ways), frameon=False, fontsize=9)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
 

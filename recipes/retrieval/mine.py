@@ -3,7 +3,8 @@
 Papers      NV-Retriever (margins), https://arxiv.org/abs/2407.15831; SimANS, https://arxiv.org/abs/2210.11773;
             RocketQA (a cross-encoder denoises), https://arxiv.org/abs/2010.08191; RLHN (a language model relabels),
             https://arxiv.org/abs/2505.16967
-Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out: made up.
+Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact), --split one of its judgements (train, which not
+            all have); left out: made up.
 Paper's     NV-Retriever keeps negatives up to .95 of the positive's score (for cosines here: --relative_margin .05, the
             same where the positive is above 0). RocketQA's threshold and SimANS's a and b: not checked.
 Here        All positives are in; scores that a retriever lacks are computed; rules, cross-encoder, judge, then the cut.
@@ -211,8 +212,18 @@ def checked(given: MineArguments) -> tuple[list[Rule], str | SimANS, Any]:
         raise ValueError(f"--n_documents must be at least 2, got {given.n_documents}")
     if given.judge_depth is not None and given.judge_depth < max(given.n_documents, 2):
         raise ValueError(f"--judge_depth {given.judge_depth} is less than the {given.n_documents} of --n_documents")
-    if given.pool_depth is not None and given.pool_depth < 1:
-        raise ValueError(f"--pool_depth must be at least 1, got {given.pool_depth}")
+    for name, least in (("pool_depth", 1), ("max_positives", 1), ("judge_tokens", 1), ("audit", 0), ("skip", 0)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if given.max_positives is not None and given.max_positives >= given.n_documents:
+        raise ValueError(
+            f"--max_positives {given.max_positives} leaves no negative in --n_documents {given.n_documents}"
+        )
+    if given.judge_positives not in ("relabel", "drop"):
+        raise ValueError(f"--judge_positives must be relabel or drop, got {given.judge_positives!r}")
+    if given.threshold != given.threshold:
+        raise ValueError("--threshold is a score of the cross-encoder, got nan")
     relative = (AbsoluteMargin, RelativeMargin, PercentOfPositive)
     sizes = (given.absolute_margin, given.relative_margin, given.percent_of_positive)
     rules: list[Rule] = [

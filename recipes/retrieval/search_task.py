@@ -35,6 +35,14 @@ class TaskArguments:
     smoke: bool = field(default=False, metadata={"help": "Tiny and quick, unless a flag says otherwise."})
 
 
+def at_least(given: Any, **least: int) -> None:
+    """Refuse flags that are smaller, before anything is loaded."""
+    for name, limit in least.items():
+        value = getattr(given, name)
+        if value is not None and value < limit:
+            raise ValueError(f"--{name} must be at least {limit}, got {value}")
+
+
 @dataclass(frozen=True)
 class Split:
     """A task, split by query.
@@ -188,6 +196,8 @@ def to_train(name: str, args: Any, model_args: Any, kind: str = "bi_encoder") ->
     quantised = get_quantization_config(model_args)
     model = load_ranker(name, kind, model_kwargs={} if quantised is None else {"quantization_config": quantised})
     if has_static_embedding_input(model):
+        if model_args.use_peft:
+            raise ValueError(f"--use_peft needs a transformer, and {name} is a static table; leave it out")
         args.max_length = None  # whole texts
     elif args.max_length is not None:
         model.max_seq_length = args.max_length

@@ -4,9 +4,10 @@ Paper       Optimizing Dense Retrieval Model Training with Hard Negatives, https
 Data        --data FOLDER in BEIR's layout or a Hub id (BeIR/scifact); left out: made up.
 Paper's     Hard negatives: one for each query and positive, drawn from the first 200 of a warm-up model, without the
             relevant ones. 256 queries a step, LAMB, rate 1e-4 (released code).
-Here        Start: --model (minilm, wordllama, a folder, a Hub id), with --warm_steps first trained with masked InfoNCE
-            on lists of BM25. Its first --depth are searched once, and lists of --n_documents drawn from them, up to
-            half of a list relevant. No document that is judged relevant to a query is a negative of it.
+Here        Start: --model_name_or_path (minilm, wordllama, a folder, a Hub id), with --warm_steps first trained with
+            masked InfoNCE on lists of BM25. Its first --depth are searched once, and lists of --n_documents drawn
+            from them, up to half of a list relevant. No document that is judged relevant to a query is a negative of
+            it.
             --loss_type star (--alpha: weight of the batch beside a query's own negatives; left out: all pairs alike)
             or masked_infonce.
 Expected    STAR above random negatives (MS MARCO passage, MRR@10 .340 to .301, the authors' README).
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from search_task import METRICS, TaskArguments, bm25_run, measured, mined, numbers, read_task, to_train
+from search_task import METRICS, TaskArguments, at_least, bm25_run, measured, mined, numbers, read_task, to_train
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -52,6 +53,9 @@ class StarArguments(TaskArguments):
     warm_steps: int = field(default=0, metadata={"help": "Optimiser steps of masked InfoNCE on BM25's lists before."})
     warm_learning_rate: float = field(default=2e-5, metadata={"help": "Of them."})
     evaluate_search: bool = field(default=True, metadata={"help": "Search the test queries at every evaluation."})
+
+    def __post_init__(self) -> None:
+        at_least(self, depth=1, n_documents=2, warm_steps=0)
 
 
 @dataclass

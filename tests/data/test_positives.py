@@ -60,6 +60,7 @@ def test_sets_and_streams_hold_the_same_rows(streamed):
         ({"query": " ", "positives": ["a"]}, "query must be a text that is not empty"),
         ({"query": "q", "positives": []}, r"has no positive: nothing says what its search should find; drop"),
         ({"query": "q", "positives": None}, "has no positive"),
+        ({"query": "q", "documents": ["x"], "gains": [1.0]}, "is a candidate list; here documents are searched for"),
         ({"query": "q", "positives": "a"}, "positives must be a list"),
         ({"query": "q", "positives": ["z"]}, "document 'z' is not in the index; add its vector, or drop"),
         ({"query": "q", "positives": [4]}, "4 is no document; give an id .* or a position from 0 to 3"),

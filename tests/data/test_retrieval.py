@@ -98,7 +98,9 @@ def test_an_unreachable_hub_says_what_to_pass_instead(monkeypatch, error):
 def test_missing_folders_and_splits_are_named_with_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; .* Hub id such as BeIR/scifact"):
         load_beir(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"dev\.tsv; splits that are there: test\. Or pass qrels_file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"dev\.tsv; splits that are there: test\. Name one, or pass qrels_file"
+    ):
         load_beir(write(tmp_path), "dev")
     (tmp_path / "queries.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no queries\.jsonl or queries\.jsonl\.gz"):
@@ -232,6 +234,8 @@ def test_documents_of_equal_text_are_found_whatever_their_white_space():
 
 
 def test_a_task_refuses_judgements_of_nothing():
+    with pytest.raises(RowError, match="the corpus has no documents: its file is empty"):
+        RetrievalTask({}, {"1": "q"}, {"1": {"a": 1.0}})
     with pytest.raises(RowError, match="no query has a judgement"):
         RetrievalTask({"a": "x"}, {}, {})
     with pytest.raises(RowError, match="query 2 has no judgement; drop it"):

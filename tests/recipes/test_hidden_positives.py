@@ -108,6 +108,19 @@ def test_wrong_settings_are_one_line_before_the_first_run(modules, tmp_path, mon
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("text", "message"), [("", "is no grid: it needs data and arms"), ("a: [1", "is no YAML")])
+def test_a_file_that_is_no_grid_is_told_of(modules, tmp_path, text, message):
+    (tmp_path / "grid.yaml").write_text(text)
+    args = modules[0].parser.parse_args(["--grid", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        modules[0].read_grid(args)
+
+
+def test_arms_that_are_asked_for_are_drawn(modules, tmp_path):
+    args = modules[0].parser.parse_args(["--output_dir", str(tmp_path), "--only", "made up", "--arms", "mined", "STAR"])
+    assert modules[0].read_grid(args).drawn == ["mined", "STAR"]
+
+
 def test_a_collection_that_the_file_does_not_know_is_a_folder(modules, tmp_path):
     (tmp_path / "data" / "ours").mkdir(parents=True)
     flags = ["--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"), "--only", "ours"]
@@ -267,6 +280,24 @@ def test_tables_pair_by_seed_and_by_query_and_show_what_nothing_hidden_gives(mod
     assert "| in batch | +0.0500 (1.000) |" in costs
     modules[2].draw(grid, cells, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_legend_is_there_if_only_one_way_was_run(modules, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    legends, left = [], []
+
+    def legend(figure, handles, labels, **kwargs):
+        legends.append(labels)
+        left.extend(ax for ax in figure.axes if ax.get_visible() and ax.get_ylabel())
+
+    monkeypatch.setattr(Figure, "legend", legend)
+    Cell = modules[1].Cell
+    cells = [Cell("made up"), Cell("made up", "by rank", 0.5)]
+    found = {cell: finished(modules, tmp_path, cell, cell.hidden / 10) for cell in cells}
+    modules[2].draw(grid_of(modules), found, tmp_path / "plot.png")
+    assert legends == [[DO_NOTHING, "mined"]]
+    assert [ax.yaxis.get_tick_params()["labelleft"] for ax in left] == [True]
 
 
 def test_lines_start_where_nothing_is_hidden(modules, tmp_path):

@@ -123,6 +123,10 @@ def test_what_was_hidden_is_compared_with_what_the_judge_said():
         ({"judge_engine": "server"}, "--judge_engine server needs --judge_url http://host:port"),
         ({"judge_engine": "tgi"}, "--judge_engine must be hf, vllm or server, got 'tgi'"),
         ({"pool_depth": 0}, "--pool_depth must be at least 1, got 0"),
+        ({"audit": -1}, "--audit must be at least 0, got -1"),
+        ({"max_positives": 16}, "--max_positives 16 leaves no negative in --n_documents 16"),
+        ({"judge_positives": "keep"}, "--judge_positives must be relabel or drop, got 'keep'"),
+        ({"threshold": float("nan")}, "--threshold is a score of the cross-encoder, got nan"),
         ({"judge_kind": "yes"}, "--judge_kind must be written, causal_lm, cross_encoder, bi_encoder or multi_vector"),
         ({"judge_kind": "causal_lm"}, "--judge_kind causal_lm needs --judge, the model that scores"),
         (

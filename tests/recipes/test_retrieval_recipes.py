@@ -20,7 +20,7 @@ from negtune.records import read_jsonl
 from negtune.retrieval.mining import read_lists
 from tests.recipes.mistakes import mistake
 from tests.recipes.test_recipes import ROOT, launch
-from tests.retrieval.tiny_rankers import needs_adapters
+from tests.retrieval.tiny_rankers import bert_folder, needs_adapters
 
 COMPARE = ROOT / "recipes" / "retrieval" / "compare.py"
 
@@ -133,8 +133,20 @@ def test_a_retriever_is_trained_on_judgements_of_a_pool(tmp_path):
     assert arguments["selection_learning_rate"] == 1e-2, "of features"
 
 
+@pytest.mark.slow
+def test_figures_of_two_cross_encoders_are_those_of_reranking(tmp_path):
+    folder = str(bert_folder(tmp_path / "bert", labels=1))
+    flags = ["--model_kind", "cross_encoder", "--model_name_or_path", folder, "--selection_model", folder]
+    done = launch("retrieval/cet.py", tmp_path / "run", "--smoke", "--mode", "official", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"rerank/ndcg@10", "rerank/ndcg@10_low", "rerank/mrr@10"} <= set(metrics["arms"]["CET official"])
+    assert "ndcg@10" not in metrics["primary"]
+    assert "rerank ndcg@10 on held-out queries" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_an_encoder_learns_which_text_is_in_which(tmp_path):
-    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--use_peft", "false")
+    done = launch("retrieval/asymmetric.py", tmp_path, "--smoke", "--max_length", "48")
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     arms = metrics["arms"]
@@ -189,8 +201,11 @@ def test_an_arm_of_the_comparison_is_refused_before_the_first_run(tmp_path, monk
         ("pg_rank", ["--estimator", "pl_rank", "--metric", "mrr"], "use rtg_loo"),
         ("adore", ["--metric_cut", "0"], "metric_cut counts places and must be at least 1, got 0"),
         ("star", ["--loss_type", "pg_rank"], "take star or masked_infonce, or --in_batch true with another objective"),
+        ("cet", ["--uniform_steps", "4"], "--uniform_steps 4 of --max_steps 4 leaves no step with weights"),
+        ("cet", ["--pool_depth", "-1"], "--pool_depth must be at least 1, got -1"),
         ("rag_reward", ["--estimator", "pl_rank"], "a black-box reward needs loss_type pg_rank with estimator loo"),
         ("llm_reranker", ["--yes", "certainly not one token"], "choose one that is a single token"),
+        ("asymmetric", ["--model_name_or_path", "wordllama"], "which StaticEmbedding does not give"),
         ("asymmetric", ["--text", str(ROOT / "README.md"), "--test_passages", "1000"], "passages, fewer than"),
     ],
 )

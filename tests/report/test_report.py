@@ -271,3 +271,45 @@ def test_curves_of_a_policy_are_those_of_what_is_pushed_up_and_down(solving_dir)
     names = [path.stem for path in write_report(solving_dir)]
     assert names == ["likelihood", "before_after", "report", "report"]
     assert "chosen -1 to -1, rejected -2 to -2" in (solving_dir / "report.md").read_text()
+
+
+def ranking_folder(run_dir, arms):
+    names = list(dict.fromkeys(name for arm in arms.values() for name in arm))
+    write_json(run_dir / "run.json", {**read_json(run_dir / "run.json"), "task": "ranking", "data": "topics"})
+    better = {name: "higher" for name in names if not name.endswith(("_low", "_high"))}
+    write_json(run_dir / "metrics.json", {"primary": names, "better": better, "arms": arms})
+    write_jsonl(run_dir / "history.jsonl", [])
+    return run_dir
+
+
+def compared(other, value, low, high):
+    return {f"minus {other}": value, f"minus {other}_low": low, f"minus {other}_high": high}
+
+
+def test_each_arm_of_rankers_is_judged_against_what_it_was_compared_with(run_dir):
+    arms = {
+        "start": {"ndcg@10": 0.3, "ndcg@10_low": 0.2, "ndcg@10_high": 0.4, "recall@100": 0.9, "rerank/ndcg@10": 0.5},
+        "labels": {"ndcg@10": 0.4, "recall@100": 0.9, "rerank/ndcg@10": 0.5, **compared("start", 0.1, 0.05, 0.15)},
+        "CET": {"ndcg@10": 0.35, "recall@100": 0.8, "rerank/ndcg@10": 0.6, **compared("labels", -0.05, -0.08, -0.02)},
+    }
+    for text in report(ranking_folder(run_dir, arms)):
+        assert "labels finds more than start: ndcg@10 differs by .10, 95 % interval (.050 to .15)." in text
+        assert "CET finds less than labels: ndcg@10 differs by -.05" in text
+        assert "CET: recall@100 fell from .90 to .80 (worse)." in text
+        assert "rerank: the first hundred of BM25" in text
+        assert "guaranteed" not in text
+        assert "micro AP" not in text
+        assert "Lines are 95 % intervals." in text
+
+
+def test_many_arms_of_rankers_leave_the_headline_short_and_only_losses_as_costs(run_dir):
+    arms = {
+        f"arm {i}": {"micro_ap": v, "inside/recall@p90": v, "around/recall@p90": v}
+        for i, v in enumerate((0.5, 0.6, 0.9, 0.4, 0.7))
+    }
+    for text in report(ranking_folder(run_dir, arms)):
+        assert "micro ap on held-out queries: arm 0 .50; best of 5, arm 2 .90; arm 4 .70." in text
+        assert "arm 3: inside recall@p90 fell from .50 to .40 (worse)." in text
+        assert "rose" not in text
+        assert "inside: is the query inside the document" in text
+        assert "intervals." not in text

@@ -183,6 +183,11 @@ def test_constant_norms_are_refused_and_a_magnitude_is_the_way_out(tmp_path):
     # words that the encoder does not have are all one to it
     with pytest.raises(ValueError, match=r"if it lacks the words of the probes, pass probes="):
         NormRatioLoss(mean_of_words())
+    # nor can a magnitude tell texts that are cut at one length
+    model = add_magnitude(encoder("mean"))
+    model.max_seq_length = 3
+    with pytest.raises(ValueError, match=r"cut at max_seq_length: nothing to train"):
+        NormRatioLoss(model)
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path):
@@ -392,6 +397,8 @@ def test_too_few_candidates_are_told_of():
         search_pairs(queries, torch.cat([documents[:9], -documents]), threshold=0.5, candidates=10)
     with pytest.raises(ValueError, match="k counts pairs of a query and must be at least 1, got 0"):
         search_pairs(queries, documents, k=0)
+    with pytest.raises(ValueError, match="threshold is the least score of a pair, got nan"):
+        search_pairs(queries, documents, threshold=float("nan"))
 
 
 def test_zero_vectors_are_in_everything_and_nothing_is_in_them():

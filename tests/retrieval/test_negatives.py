@@ -154,6 +154,8 @@ def test_settings_and_names_are_checked():
     for make, message in [
         (lambda: AbsoluteMargin("x", -0.1), "margin must be at least 0, got -0.1"),
         (lambda: RelativeMargin("x", float("nan")), "margin must be at least 0, got nan"),
+        (lambda: MaxScore("x", float("nan")), "score is a limit that scores are compared with, got nan"),
+        (lambda: MinScore("x", float("nan")), "score is a limit that scores are compared with, got nan"),
         (lambda: PercentOfPositive("x", 95.0), "share must be above 0 and at most 1, got 95"),
         (lambda: RankWindow("x", skip=5, depth=5), "need 0 <= skip < depth, got skip=5, depth=5"),
         (lambda: AbsoluteMargin("x", 0.1, against="median"), "against='median' is none of 'min', 'max', 'mean'"),

@@ -8,6 +8,7 @@ pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
 from sentence_transformers import CrossEncoder
 
 from negtune.data.completions import RowError
+from negtune.models import ModelError
 from negtune.models.load import load_model
 from negtune.models.tiny import tiny_tokenizer
 from negtune.retrieval.collate import CandidateCollator
@@ -137,3 +138,6 @@ def test_rankers_by_name(tmp_path):
     assert type(load_ranker("tiny", "causal_lm", answers=("a", "b"))).__name__ == "CrossEncoder"
     with pytest.raises(ValueError, match="unknown kind of model 'encoder'"):
         load_ranker("tiny", "encoder")
+    for name in ("minilm", str(tmp_path / "nowhere")):  # no look-up on the Hub
+        with pytest.raises(ModelError, match=rf"no cross-encoder {name}; give its folder or a Hub id"):
+            load_ranker(name, "cross_encoder")

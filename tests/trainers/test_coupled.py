@@ -416,6 +416,18 @@ def test_a_checkpoint_without_the_selection_model_is_refused(tmp_path):
         trainer._load_from_checkpoint(str(tmp_path / "saved"))
 
 
+def test_a_checkpoint_of_a_mode_with_a_level_is_refused_by_one_without(tmp_path):
+    trainer = train(bi_encoder(tmp_path / "model"), tmp_path / "run", max_steps=1, mode="em")
+    trainer.save_model(str(tmp_path / "saved"))
+    other = train(bi_encoder(tmp_path / "model"), tmp_path / "run", max_steps=1, mode="official")
+    before = weights(other)
+    with pytest.raises(OSError, match=r"has level.safetensors, which this mode does not read; resume with the mode"):
+        other._load_from_checkpoint(str(tmp_path / "saved"))
+    assert_close(weights(other), before, atol=0, rtol=0)
+    with pytest.raises(OSError, match=r"no folder .*nowhere; a checkpoint is a folder"):
+        other._load_from_checkpoint(str(tmp_path / "nowhere"))
+
+
 def of_a_process(folder, models, batch, mode):
     """Weights and history of a run, and how far other processes are from it."""
     relevance, selection = (model.double() for model in two_cross_encoders(models))

@@ -271,6 +271,9 @@ def test_a_run_is_not_resumed_on_another_index(tmp_path):
     trainer = trainer_of(tmp_path, index=other, **RESUMED)
     with pytest.raises(IndexChangedError, match="checkpoint-3 was trained on another index; resume with that one"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (tmp_path / "checkpoint-3" / "index.json").unlink()
+    with pytest.raises(OSError, match=r"checkpoint-3 has no index\.json: it was not finished, or not written"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_an_index_that_somebody_wrote_to_is_told_of_at_the_end(tmp_path):

@@ -21,6 +21,7 @@ NEED_SENTENCE_TRANSFORMERS = {
     *("negtune.trainers.query_encoder", "negtune.trainers.query_encoder_config", "negtune.trainers.refresh"),
     *("negtune.retrieval.coupled", "negtune.trainers.coupled", "negtune.trainers.coupled_config"),
     *("negtune.trainers.coupled_selection", "negtune.trainers.list_training", "negtune.trainers.ranker_setup"),
+    "negtune.trainers.coupled_weights",
 }
 
 

@@ -56,6 +56,7 @@ from negtune.trainers.list_training import (
     list_callbacks,
     list_loss,
     lists_of,
+    refuse_level_lists,
     scores_of,
     show_progress,
     tell_counted,
@@ -123,6 +124,8 @@ class CoupledTrainer(BaseTrainer):
             raise ValueError(f"CoupledTrainer takes a CoupledConfig, got {type(args).__name__}")
         self.checked_rows = CheckedRows(candidate_rows, provenance=True, in_memory=args.redact)
         train = None if train_dataset is None else self.checked_rows(train_dataset, "train")
+        if args.mode != "em":
+            refuse_level_lists(train, binary=True)
         evaluated = self.checked_rows.each(eval_dataset)
         model = set_up_ranker(model, args, peft_config)
         room = checked_room(model, train, evaluated)

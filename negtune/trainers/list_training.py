@@ -80,6 +80,26 @@ class CheckedRows:
         return self(data, "eval")
 
 
+def refuse_level_lists(rows: Any, *, binary: bool) -> None:
+    """Where what is learned is an order within a list.
+
+    Args:
+        rows: the checked train set; None and streams pass.
+        binary: a document is relevant or not; else grades differ.
+
+    Raises:
+        ValueError: in no list is a document better than another.
+    """
+    if rows is None or not hasattr(rows, "__len__"):
+        return
+    for gains in rows["gains"]:
+        values = [gain > 0 for gain in gains] if binary else gains
+        if max(values) > min(values):
+            return
+    what = "a relevant and an irrelevant document" if binary else "documents of different gains"
+    raise ValueError(f"no train list has {what}: there is nothing to learn; give lists with negatives, see mine")
+
+
 def lists_of(batch: Mapping[str, Any]) -> Lists:
     """The lists of a batch, with what it was told of its optimiser step."""
     step = batch.get("step")

@@ -31,6 +31,7 @@ from negtune.trainers.list_training import (
     last_batches_kept,
     list_callbacks,
     list_loss,
+    refuse_level_lists,
     scores_of,
     show_progress,
     tell_counted,
@@ -103,6 +104,8 @@ class RankingTrainer(BaseTrainer):
             in_memory=args.redact,
         )
         train = None if train_dataset is None else self.checked_rows(train_dataset, "train")
+        if named and not rewarded and not args.in_batch and args.loss_type not in READ_NO_GAINS:
+            refuse_level_lists(train, binary=False)
         evaluated = self.checked_rows.each(eval_dataset)
         if train is not None and not hasattr(train, "__len__") and args.kl_weight:
             raise ValueError("kl_weight needs the scores of the warm start for all rows, and a stream has them not yet")

@@ -44,7 +44,7 @@ from negtune.trainers.coupled import CoupledConfig, CoupledTrainer
 
 SMOKE = {
     **{"model_name_or_path": "tiny", "max_steps": 4, "n_documents": 10, "logging_steps": 1, "pool_depth": 20},
-    **{"per_device_train_batch_size": 4, "eval_steps": 2, "baseline": True, "uniform_steps": 1},
+    **{"per_device_train_batch_size": 4, "eval_steps": 2, "baseline": True, "uniform_steps": 1, "mode": "em"},
 }
 FEATURES_RATE = 1e-2
 """Of a model of few features, which the ranker's rate would not move; a second cross-encoder does not survive it."""

@@ -25,6 +25,7 @@ command. --judges_only makes the scores of slow judges beforehand. --smoke: all 
 import argparse
 import copy
 import gc
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -256,6 +257,7 @@ def collection_of(grid: Grid, name: str, args: argparse.Namespace) -> Collection
 def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("negtune.retrieval.relabel").setLevel(logging.ERROR)  # an oracle has no verdict on most
     grid = read_grid(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found: dict[Cell, Comparison] = {}

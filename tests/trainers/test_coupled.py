@@ -581,6 +581,7 @@ def test_what_is_saved_can_be_used(tmp_path):
 
 
 BOTH = with_propensities(with_features(rows(4)))
+ALL_RELEVANT = with_features([{**row, "gains": [2.0] + [1.0] * (len(row["documents"]) - 1)} for row in rows(4)])
 UNEVEN = with_features(rows(4))
 UNEVEN[2] = {**UNEVEN[2], "selection_features": [[1.0]] * len(UNEVEN[2]["documents"])}
 
@@ -598,6 +599,7 @@ UNEVEN[2] = {**UNEVEN[2], "selection_features": [[1.0]] * len(UNEVEN[2]["documen
         (with_propensities(rows(4)), {"selection": "text"}, "selection is known by selection_propensity"),
         (rows(4), {"selection": "bi"}, "selection must be a cross-encoder or a FeatureSelection"),
         (rows(4), {"selection": "itself"}, "the two models share parameters"),
+        (ALL_RELEVANT, {}, "no train list has a relevant and an irrelevant document: there is nothing to learn"),
     ],
 )
 def test_mistakes_are_told_before_a_weight_moves(tmp_path, data, settings, message):

@@ -781,6 +781,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RankingTrainer(model=model, args=config(tmp_path), train_dataset=rows(4))
     with pytest.raises(ValueError, match="model must be a SentenceTransformer"):
         RankingTrainer(model=torch.nn.Linear(2, 2), args=config(tmp_path), train_dataset=rows(4))
+    level = [{**row, "gains": [1.0] * len(row["documents"])} for row in rows(4)]
+    with pytest.raises(ValueError, match="no train list has documents of different gains: there is nothing to learn"):
+        RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=level)
+    graded = [{**level[0], "gains": [2.0, *level[0]["gains"][1:]]}, *level[1:]]
+    RankingTrainer(model=static_encoder(), args=config(tmp_path), train_dataset=graded)
+    over_batch = config(tmp_path, loss_type="masked_infonce", k=None)
+    RankingTrainer(model=static_encoder(), args=over_batch, train_dataset=level)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(tmp_path):

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from search_task import at_least
 from trl import TrlParser
 
 from negtune import HFSampler, SamplingParams, VLLMSampler, VLLMServerSampler
@@ -208,14 +209,9 @@ def checked(given: MineArguments) -> tuple[list[Rule], str | SimANS, Any]:
         raise ValueError(f"--scorer {by} is none of the retrievers {', '.join(names)}")
     if given.select not in ("top", "random", "simans"):
         raise ValueError(f"--select must be top, random or simans, got {given.select!r}")
-    if given.n_documents < 2:
-        raise ValueError(f"--n_documents must be at least 2, got {given.n_documents}")
+    at_least(given, n_documents=2, pool_depth=1, max_positives=1, judge_tokens=1, audit=0, skip=0)
     if given.judge_depth is not None and given.judge_depth < max(given.n_documents, 2):
         raise ValueError(f"--judge_depth {given.judge_depth} is less than the {given.n_documents} of --n_documents")
-    for name, least in (("pool_depth", 1), ("max_positives", 1), ("judge_tokens", 1), ("audit", 0), ("skip", 0)):
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
     if given.max_positives is not None and given.max_positives >= given.n_documents:
         raise ValueError(
             f"--max_positives {given.max_positives} leaves no negative in --n_documents {given.n_documents}"

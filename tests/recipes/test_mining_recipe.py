@@ -26,6 +26,12 @@ from tests.retrieval.test_negatives import a_list
 from tests.retrieval.tiny_rankers import cross_encoder
 
 
+@pytest.fixture(autouse=True)
+def beside_the_recipe(monkeypatch):
+    """Where Python looks when the script is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "retrieval"))
+
+
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     script = ROOT / "recipes" / "retrieval" / "mine.py"
     command = [sys.executable, str(script), "--config", str(script.with_suffix(".yaml")), "--output_dir", str(folder)]

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs negtune[retrieval]")
 
 from negtune.trainers.coupled_config import CoupledConfig
-from negtune.trainers.coupled_weights import normalize, opinions
+from negtune.trainers.coupled_weights import add_weights, normalize, opinions
 
 
 def test_a_list_without_a_negative_is_no_part_of_the_mean_over_pairs():
@@ -42,3 +42,15 @@ def test_in_warm_up_labels_are_taken_as_they_are_and_the_level_follows_them(tmp_
     hoped = (r * (1 - s) / (1 - r * s))[0, 2].item()
     assert after["relevance"]["targets"][0].tolist() == pytest.approx([1.0, 0.0, hoped], abs=1e-6)
     assert after["level"][0].item() == pytest.approx((1 + hoped - r.sum()).item(), abs=1e-6)
+
+
+def test_the_hidden_are_looked_for_among_what_nobody_judged():
+    seen = {}
+    sums = type("Sums", (), {"add": lambda self, name, values: seen.update({name: values.tolist()})})()
+    gains = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    targets = torch.tensor([[1.0, 0.0, 0.25, 0.75]])
+    add_weights(
+        sums, {"gains": gains, "mask": mask, "more": {"targets": targets}}, torch.tensor([[True, True, False, False]])
+    )
+    assert seen == {"hidden/probability": [0.25]}
